@@ -1,0 +1,101 @@
+// Chooses among the instruction sets that CMake compiled kernels.cpp for (SPARSE_ATTN_ISAS lists
+// them, best first).
+#include <cstdlib>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace sparse_attn::cpu {
+
+#define X(ISA)                                   \
+  extern const Kernels kernels_##ISA##_float32;  \
+  extern const Kernels kernels_##ISA##_float64;  \
+  extern const Kernels kernels_##ISA##_bfloat16; \
+  extern const Kernels kernels_##ISA##_float16;
+SPARSE_ATTN_ISAS
+#undef X
+
+namespace {
+
+#if defined(__x86_64__)
+
+[[maybe_unused]] bool supports_x86_64_v2() {
+  return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.2") &&
+         __builtin_cpu_supports("popcnt");
+}
+
+[[maybe_unused]] bool supports_x86_64_v3() {
+  return supports_x86_64_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+}
+
+[[maybe_unused]] bool supports_x86_64_v4() {
+  return supports_x86_64_v3() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+#elif defined(__aarch64__)
+
+bool supports_aarch64_neon() { return true; }
+
+#endif
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const Kernels* by_type[4];  // in the order of DataType
+};
+
+const Isa kIsas[] = {
+#define X(ISA)                                                                     \
+  {#ISA,                                                                           \
+   supports_##ISA,                                                                 \
+   {&kernels_##ISA##_float32, &kernels_##ISA##_float64, &kernels_##ISA##_bfloat16, \
+    &kernels_##ISA##_float16}},
+    SPARSE_ATTN_ISAS
+#undef X
+};
+
+/// Names are compared with any punctuation: x86-64-v3 and x86_64_v3 are the same.
+bool same_name(const char* a, const char* b) {
+  const auto letter = [](char c) { return c == '-' ? '_' : c; };
+  for (; *a && letter(*a) == letter(*b); ++a, ++b) {
+  }
+  return *a == *b;
+}
+
+const Isa& choose() {
+  const char* wanted = std::getenv("SPARSE_ATTN_ISA");
+  std::string names;
+  for (const Isa& isa : kIsas) {
+    const bool usable = isa.supported();
+    if (usable && (!wanted || !*wanted || same_name(wanted, isa.name))) return isa;
+    if (usable) names += (names.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  if (wanted && *wanted) {
+    throw std::invalid_argument("expected SPARSE_ATTN_ISA to be one of " + names + ", got " +
+                                wanted);
+  }
+  throw std::invalid_argument("expected a CPU of at least " +
+                              std::string(kIsas[std::size(kIsas) - 1].name));
+}
+
+const Isa& chosen() {
+  static const Isa& isa = choose();
+  return isa;
+}
+
+}  // namespace
+
+const Kernels& kernels(DataType dtype) { return *chosen().by_type[static_cast<int>(dtype)]; }
+
+const char* isa_name() { return chosen().name; }
+
+const char* compiled_isa(int n) {
+  return n < static_cast<int>(std::size(kIsas)) ? kIsas[n].name : nullptr;
+}
+
+}  // namespace sparse_attn::cpu

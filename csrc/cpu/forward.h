@@ -1,0 +1,300 @@
+// Forward: for each row tile, load Q; for each key tile, S = K Qᵀ, mask, softmax update, O = O + V
+// ᵀP; finish.
+//
+// Everything is transposed, with the queries in the SIMD lanes: the softmax runs down the lanes
+// without a horizontal operation, K and V are only ever broadcast (so any head size and any stride
+// is as good as another), and P is ready for the second product as it stands.
+#pragma once
+
+#include "gemm.h"
+#include "key_tiles.h"
+#include "scheduler.h"
+#include "softmax.h"
+#include "tile.h"
+
+namespace {
+
+using sparse_attn::Reduction;
+using sparse_attn::RowTile;
+using sparse_attn::Run;
+using sparse_attn::Segment;
+
+/// The softmax state of a row tile with its unnormalised output: what passes, key splits and chunks
+/// merge.
+template <class T>
+struct RowState {
+  SoftmaxState<T>* softmax;
+  T* output;  // [value_dim][kMaxTile]
+
+  static RowState take(Arena& arena, int64_t value_dim) {
+    const int64_t padded = (value_dim + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    return {arena.take<SoftmaxState<T>>(1), arena.take<T>(padded * kMaxTile)};
+  }
+  void init(int value_dim) const {
+    softmax->init();
+    fill_zero(output, static_cast<int64_t>(value_dim) * kMaxTile);
+  }
+};
+
+/// C = C · rescale + sum.
+template <class T>
+struct Accumulate {
+  T* c;
+  const T* rescale;
+  SPARSE_ATTN_INLINE void operator()(int m, int n, Vec<T> sum) const {
+    T* at = c + m * kMaxTile + n * kLanes<T>;
+    store(at, load(at) * load(rescale + n * kLanes<T>) + sum);
+  }
+};
+
+/// C = sum where the mask allows the pair, else -inf.
+template <class T>
+struct SetMasked {
+  T* c;
+  const uint64_t* words;  // one for each key
+  SPARSE_ATTN_INLINE void operator()(int m, int n, Vec<T> sum) const {
+    store(c + m * kMaxTile + n * kLanes<T>, keep_lanes<T>(sum, words[m], n, -kInfinity<T>));
+  }
+};
+
+template <class S>
+class Forward {
+ public:
+  using T = Real<S>;
+
+  explicit Forward(const AttentionParams& params)
+      : p_(params),
+        d_(static_cast<int>(params.head_dim)),
+        dv_(static_cast<int>(params.value_dim)) {}
+
+  /// Lays the workspace out; returns its size.
+  int64_t layout(void* base, int threads) {
+    Arena arena(base);
+    const int64_t heads = p_.batch * p_.heads;
+    const int64_t slots =
+        largest(p_, [](const PassView& pass) { return static_cast<int64_t>(pass.row_slots); });
+    Arena one_slot(nullptr);
+    RowState<T>::take(one_slot, dv_);
+    slot_bytes_ = one_slot.used();
+    slots_per_head_ = slots;
+    slots_ = arena.take<char>(heads * slots * slot_bytes_);
+    merges_in_memory_ = !kSameType<S, T> && pass_count(p_) > 1;
+    if (merges_in_memory_) wide_output_ = arena.take<T>(heads * p_.n_q * dv_);
+    Arena one_thread(nullptr);
+    Scratch(one_thread, d_, dv_);
+    scratch_bytes_ = one_thread.used();
+    scratch_ = arena.take<char>(threads * scratch_bytes_);
+    return arena.used();
+  }
+
+  void run(const Parallel& parallel) {
+    layout(p_.workspace, parallel.threads);
+    const int64_t heads = p_.batch * p_.heads, passes = pass_count(p_);
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t chunks = largest(p_, pass, chunks_of);
+      for_each_item(parallel, heads * chunks, [&](int thread, int64_t item) {
+        Arena arena(scratch_ + thread * scratch_bytes_);
+        Scratch scratch(arena, d_, dv_);
+        chunk(scratch, item / chunks, pass, item % chunks);
+      });
+      if (largest(p_, pass, [](const PassView& v) { return v.row_reductions.size; }) == 0) continue;
+      for_each_item(parallel, heads, [&](int thread, int64_t head) {
+        Arena arena(scratch_ + thread * scratch_bytes_);
+        Scratch scratch(arena, d_, dv_);
+        merge_slots(scratch, head, pass);
+      });
+    }
+    if (merges_in_memory_) {
+      for_each_item(parallel, heads, [&](int, int64_t head) { narrow(head); });
+    }
+  }
+
+ private:
+  struct Scratch {
+    Scratch(Arena& arena, int d, int dv)
+        : state(RowState<T>::take(arena, dv)),
+          query_rows(arena.take<T>(int64_t{kMaxTile} * round_up(d, kLanes<T>))),
+          query(arena.take<T>(int64_t{kMaxTile} * round_up(d, kLanes<T>))),
+          logits(arena.take<T>(kMaxTile * kMaxTile)),
+          rescale(arena.take<T>(kMaxTile)),
+          output_rows(arena.take<T>(int64_t{kMaxTile} * round_up(dv, kLanes<T>))),
+          keys(arena, d, dv) {}
+
+    RowState<T> state;
+    T* query_rows;   // packed, when they cannot be read in place
+    T* query;        // [head_dim][kMaxTile], scaled to base-2 logits
+    T* logits;       // [key][query], then the probabilities
+    T* rescale;      // [query]
+    T* output_rows;  // [query][value_dim]
+    KeyTiles<S> keys;
+  };
+
+  /// Where a pass finds and leaves its output: the tensor itself, or a wide copy while
+  /// half-precision passes are merged.
+  Head<T> wide_output(int64_t head) const {
+    if (merges_in_memory_) return {wide_output_ + head * p_.n_q * dv_, dv_};
+    if constexpr (kSameType<S, T>) return head_of(p_.output, head);
+    return {nullptr, 0};
+  }
+
+  Head<S> head_of(const sparse_attn::TensorView& view, int64_t head) const {
+    const int64_t b = head / p_.heads, h = head % p_.heads;
+    return {static_cast<S*>(view.data) + b * view.batch_stride + h * view.head_stride,
+            view.row_stride};
+  }
+
+  T* lse_of(int64_t head) const { return static_cast<T*>(p_.lse) + head * p_.n_q; }
+
+  RowState<T> slot(int64_t head, int64_t index) const {
+    Arena arena(slots_ + (head * slots_per_head_ + index) * slot_bytes_);
+    return RowState<T>::take(arena, dv_);
+  }
+
+  void chunk(Scratch& scratch, int64_t head, int64_t pass_index, int64_t chunk_index) {
+    const PlanView& plan = *p_.plans[head];
+    if (pass_index >= plan.passes.size || chunk_index >= plan.passes[pass_index].chunks.size)
+      return;
+    const PassView& pass = plan.passes[pass_index];
+    const Chunk& chunk = pass.chunks[chunk_index];
+    scratch.keys.start(p_, plan, pass, head);
+    for (uint32_t s = chunk.first_segment; s < chunk.end_segment; ++s) {
+      segment(scratch, head, plan, pass, pass.segments[s], pass_index);
+    }
+  }
+
+  void segment(Scratch& scratch, int64_t head, const PlanView& plan, const PassView& pass,
+               const Segment& segment, int64_t pass_index) {
+    const RowTile& row_tile = pass.row_tiles[segment.row_tile];
+    const RowState<T> state = segment.slot < 0 ? scratch.state : slot(head, segment.slot);
+    const bool resumes = segment.slot < 0 && pass_index > 0;
+    state.init(dv_);
+    if (resumes) resume(scratch, state, head, plan, row_tile.rows);
+    if (segment.first_run < segment.end_run) {
+      const Rows<T> rows = whole_vector_rows<S>(as_const(head_of(p_.query, head)), row_tile.rows,
+                                                plan.token_list, d_, scratch.query_rows);
+      transpose_rows<T>(scratch.query, kMaxTile, rows, row_tile.rows.count, round_up(d_, kLanes<T>),
+                        static_cast<T>(p_.scale * kLog2E));
+      const int vectors = round_up(row_tile.rows.count, kLanes<T>) / kLanes<T>;
+      for (uint32_t r = segment.first_run; r < segment.end_run; ++r) {
+        const Run& run = pass.runs[r];
+        for (int32_t i = 0; i < run.count; ++i)
+          attend(scratch, state, vectors, run.key_tile + i, run.mask);
+      }
+    }
+    if (segment.slot < 0) finish(scratch, state, head, plan, row_tile);
+  }
+
+  /// One key tile for one row tile.
+  SPARSE_ATTN_INLINE void attend(Scratch& scratch, const RowState<T>& state, int vectors,
+                                 int32_t key_tile, int32_t mask) {
+    KeyTile<T> keys;
+    if (!scratch.keys.get(key_tile, mask, keys)) return;
+    const Operand<T, true> key{keys.key.data, keys.key.stride};
+    if (keys.words) {
+      gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
+           SetMasked<T>{scratch.logits, keys.words});
+    } else {
+      gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
+           SetTo<T>{scratch.logits, kMaxTile});
+    }
+    softmax_update(scratch.logits, keys.count, vectors, *state.softmax, scratch.rescale);
+    gemm(dv_, vectors, keys.count, Operand<T, false>{keys.value.data, keys.value.stride},
+         scratch.logits, kMaxTile, Accumulate<T>{state.output, scratch.rescale});
+  }
+
+  /// The state that earlier passes left in the output and its log-sum-exp.
+  void resume(Scratch& scratch, const RowState<T>& state, int64_t head, const PlanView& plan,
+              const sparse_attn::Tile& rows) {
+    const Head<T> output = wide_output(head);
+    const T* lse = lse_of(head);
+    const int padded = round_up(dv_, kLanes<T>);
+    for (int i = 0; i < rows.count; ++i) {
+      const int64_t row = sparse_attn::token(rows, plan.token_list, i);
+      pack_row<T>(scratch.output_rows + i * padded, output.data + row * output.stride, dv_, padded);
+      state.softmax->maximum[i] = lse[row] * static_cast<T>(kLog2E);
+      state.softmax->sum[i] = lse[row] == -kInfinity<T> ? T{0} : T{1};
+    }
+    transpose_rows<T>(state.output, kMaxTile, {scratch.output_rows, padded}, rows.count, padded,
+                      T{1});
+  }
+
+  /// Normalises and writes the rows that this tile owns.
+  void finish(Scratch& scratch, const RowState<T>& state, int64_t head, const PlanView& plan,
+              const RowTile& tile) {
+    const int padded = round_up(dv_, kLanes<T>);
+    transpose_rows<T>(scratch.output_rows, padded, {state.output, kMaxTile}, dv_,
+                      round_up(tile.rows.count, kLanes<T>), T{1});
+    const Head<S> output = head_of(p_.output, head);
+    const Head<T> wide = wide_output(head);
+    T* lse = lse_of(head);
+    for (int i = 0; i < tile.rows.count; ++i) {
+      if (!(tile.owned >> i & 1)) continue;
+      const int64_t row = sparse_attn::token(tile.rows, plan.token_list, i);
+      const T sum = state.softmax->sum[i];
+      lse[row] = log_sum_exp(state.softmax->maximum[i], sum);
+      T* values = scratch.output_rows + i * padded;
+      const T factor = sum == T{0} ? T{0} : T{1} / sum;
+      for (int c = 0; c < padded; c += kLanes<T>) store(values + c, load(values + c) * factor);
+      if (merges_in_memory_) {
+        unpack_row<T>(wide.data + row * wide.stride, values, dv_);
+      } else {
+        unpack_row<S>(output.data + row * output.stride, values, dv_);
+      }
+    }
+  }
+
+  static T log_sum_exp(T maximum, T sum) {
+    if (sum == T{0}) return -kInfinity<T>;
+    return static_cast<T>(
+        (static_cast<double>(maximum) + __builtin_log2(static_cast<double>(sum))) * kLn2);
+  }
+
+  /// Merges the slots of each split row tile, in order.
+  void merge_slots(Scratch& scratch, int64_t head, int64_t pass_index) {
+    const PlanView& plan = *p_.plans[head];
+    if (pass_index >= plan.passes.size) return;
+    const PassView& pass = plan.passes[pass_index];
+    for (const Reduction& reduction : pass.row_reductions) {
+      const RowTile& row_tile = pass.row_tiles[reduction.tile];
+      scratch.state.init(dv_);
+      if (pass_index > 0) resume(scratch, scratch.state, head, plan, row_tile.rows);
+      for (int32_t s = reduction.first_slot; s < reduction.end_slot; ++s)
+        merge(scratch.state, slot(head, s));
+      finish(scratch, scratch.state, head, plan, row_tile);
+    }
+  }
+
+  void merge(const RowState<T>& into, const RowState<T>& part) const {
+    for (int i = 0; i < kMaxTile; i += kLanes<T>) {
+      SoftmaxState<T>&a = *into.softmax, &b = *part.softmax;
+      const Vec<T> top = max<T>(load(a.maximum + i), load(b.maximum + i));
+      const Vec<T> finite = finite_maximum<T>(top);
+      const Vec<T> keep = exp2<T>(load(a.maximum + i) - finite),
+                   add = exp2<T>(load(b.maximum + i) - finite);
+      store(a.sum + i, load(a.sum + i) * keep + load(b.sum + i) * add);
+      store(a.maximum + i, top);
+      for (int c = 0; c < dv_; ++c) {
+        T* at = into.output + c * kMaxTile + i;
+        store(at, load(at) * keep + load(part.output + c * kMaxTile + i) * add);
+      }
+    }
+  }
+
+  void narrow(int64_t head) {
+    const Head<S> output = head_of(p_.output, head);
+    const Head<T> wide = wide_output(head);
+    for (int64_t i = 0; i < p_.n_q; ++i)
+      unpack_row<S>(output.data + i * output.stride, wide.data + i * wide.stride, dv_);
+  }
+
+  const AttentionParams& p_;
+  const int d_, dv_;
+  bool merges_in_memory_ = false;
+  T* wide_output_ = nullptr;
+  char* slots_ = nullptr;
+  int64_t slots_per_head_ = 0, slot_bytes_ = 0;
+  char* scratch_ = nullptr;
+  int64_t scratch_bytes_ = 0;
+};
+
+}  // namespace

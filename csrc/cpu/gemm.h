@@ -1,0 +1,138 @@
+// Register-blocked products of small tiles: C[m][n] (+)= sum over k of A(m, k) · B[k][n].
+//
+// B and C are row-major with the SIMD lanes along n; n is a whole number of vectors. Elements of A
+// are broadcast, so A may lie in memory either way round and at any stride: a strided view of the
+// caller's key or value tensor (a residue class of a dilated window) is multiplied in place.
+#pragma once
+
+#include "vec.h"
+
+namespace {
+
+/// A broadcast operand. kRowMajor: A(m, k) = data[m * stride + k]; otherwise A(m, k) = data[k *
+/// stride + m].
+template <class T, bool kRowMajor>
+struct Operand {
+  const T* data;
+  int64_t stride;
+
+  SPARSE_ATTN_INLINE T at(int64_t m, int64_t k) const {
+    return kRowMajor ? data[m * stride + k] : data[k * stride + m];
+  }
+  SPARSE_ATTN_INLINE Operand from_row(int64_t m) const {
+    return {data + (kRowMajor ? m * stride : m), stride};
+  }
+};
+
+/// Rows by vectors of one register block. With 32 registers 6 x 4 leaves room for a row of B and a
+/// broadcast; with 16 registers 4 x 2 does the same (6 x 2, the textbook choice, spills under GCC
+/// 12).
+constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
+
+template <int kVectors>
+constexpr int kBlockRows = kRegisters == 32 ? (kVectors == 1   ? 12
+                                               : kVectors == 2 ? 12
+                                               : kVectors == 3 ? 8
+                                                               : 6)
+                                            : (kVectors == 1 ? 8 : 6);
+constexpr int kBlockVectors = kRegisters == 32 ? 4 : 2;
+
+/// One register block at row `m0` and vector `n0` of the result; `finish(m, n, sum)` says what
+/// becomes of each vector.
+template <int kRows, int kVectors, class T, bool kRowMajor, class Finish>
+SPARSE_ATTN_INLINE void gemm_block(int m0, int n0, int k_size, Operand<T, kRowMajor> a, const T* b,
+                                   int64_t ldb, const Finish& finish) {
+  a = a.from_row(m0);
+  b += n0 * kLanes<T>;
+  Vec<T> sum[kRows][kVectors] = {};
+  for (int k = 0; k < k_size; ++k) {
+    Vec<T> row[kVectors];
+#pragma GCC unroll 8
+    for (int n = 0; n < kVectors; ++n) row[n] = load(b + n * kLanes<T>);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> x = broadcast(a.at(m, k));
+#pragma GCC unroll 8
+      for (int n = 0; n < kVectors; ++n) sum[m][n] += x * row[n];
+    }
+    b += ldb;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kVectors; ++n) finish(m0 + m, n0 + n, sum[m][n]);
+  }
+}
+
+/// The rows that are left when the whole blocks are done.
+template <int kRows, int kVectors, class T, bool kRowMajor, class Finish>
+SPARSE_ATTN_INLINE void gemm_last_rows(int m_size, int m0, int n0, int k_size,
+                                       Operand<T, kRowMajor> a, const T* b, int64_t ldb,
+                                       const Finish& finish) {
+  if constexpr (kRows > 0) {
+    if (m_size - m0 == kRows) {
+      gemm_block<kRows, kVectors>(m0, n0, k_size, a, b, ldb, finish);
+    } else {
+      gemm_last_rows<kRows - 1, kVectors>(m_size, m0, n0, k_size, a, b, ldb, finish);
+    }
+  }
+}
+
+/// All rows for the block of columns that starts at vector n0.
+template <int kVectors, class T, bool kRowMajor, class Finish>
+__attribute__((noinline)) void gemm_columns(int m_size, int n0, int k_size, Operand<T, kRowMajor> a,
+                                            const T* b, int64_t ldb, Finish finish) {
+  constexpr int kRows = kBlockRows<kVectors>;
+  int m = 0;
+  for (; m + kRows <= m_size; m += kRows)
+    gemm_block<kRows, kVectors>(m, n0, k_size, a, b, ldb, finish);
+  gemm_last_rows<kRows - 1, kVectors>(m_size, m, n0, k_size, a, b, ldb, finish);
+}
+
+/// The last vectors of columns, fewer than a whole block.
+template <int kVectors, class T, bool kRowMajor, class Finish>
+SPARSE_ATTN_INLINE void gemm_last_columns(int m_size, int vectors, int n0, int k_size,
+                                          Operand<T, kRowMajor> a, const T* b, int64_t ldb,
+                                          const Finish& finish) {
+  if constexpr (kVectors > 0) {
+    if (vectors - n0 == kVectors) {
+      gemm_columns<kVectors>(m_size, n0, k_size, a, b, ldb, finish);
+    } else {
+      gemm_last_columns<kVectors - 1>(m_size, vectors, n0, k_size, a, b, ldb, finish);
+    }
+  }
+}
+
+/// C for `vectors` vectors of columns.
+template <class T, bool kRowMajor, class Finish>
+SPARSE_ATTN_INLINE void gemm(int m_size, int vectors, int k_size, Operand<T, kRowMajor> a,
+                             const T* b, int64_t ldb, const Finish& finish) {
+  int n = 0;
+  for (; n + kBlockVectors <= vectors; n += kBlockVectors) {
+    gemm_columns<kBlockVectors>(m_size, n, k_size, a, b, ldb, finish);
+  }
+  gemm_last_columns<kBlockVectors - 1>(m_size, vectors, n, k_size, a, b, ldb, finish);
+}
+
+/// C = sum.
+template <class T>
+struct SetTo {
+  T* c;
+  int64_t stride;
+  SPARSE_ATTN_INLINE void operator()(int m, int n, Vec<T> sum) const {
+    store(c + m * stride + n * kLanes<T>, sum);
+  }
+};
+
+/// C += sum.
+template <class T>
+struct AddTo {
+  T* c;
+  int64_t stride;
+  SPARSE_ATTN_INLINE void operator()(int m, int n, Vec<T> sum) const {
+    T* at = c + m * stride + n * kLanes<T>;
+    store(at, load(at) + sum);
+  }
+};
+
+}  // namespace

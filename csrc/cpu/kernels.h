@@ -1,0 +1,25 @@
+// What each build of kernels.cpp offers, and the choice among them.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace sparse_attn::cpu {
+
+struct Kernels {
+  std::int64_t (*forward_workspace)(const AttentionParams&, int threads);
+  void (*forward)(const AttentionParams&, const Parallel&);
+  std::int64_t (*backward_workspace)(const AttentionParams&, int threads);
+  void (*backward)(const AttentionParams&, const Parallel&);
+};
+
+/// The kernels of the best instruction set of this machine, or of the one named in SPARSE_ATTN_ISA.
+/// Throws std::invalid_argument if that one is unknown here.
+const Kernels& kernels(DataType dtype);
+
+/// The instruction set in use, and the n-th one compiled (best first; null after the last).
+const char* isa_name();
+const char* compiled_isa(int n);
+
+}  // namespace sparse_attn::cpu

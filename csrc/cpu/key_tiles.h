@@ -1,0 +1,118 @@
+// Key and value tiles for the products: read in place where the tensor allows it, else packed once
+// and kept for the next row tiles.
+#pragma once
+
+#include "params.h"
+#include "scheduler.h"
+#include "tile.h"
+
+namespace {
+
+/// A key tile ready for the products; `words` is null if every row of the tile sees every key.
+template <class T>
+struct KeyTile {
+  int count;
+  Rows<T> key;
+  Rows<T> value;
+  const uint64_t* words;
+};
+
+template <class S>
+class KeyTiles {
+ public:
+  using T = Real<S>;
+
+  KeyTiles(Arena& arena, int d, int dv) : d_(d), dv_(dv) {
+    words_ = arena.take<uint64_t>(kMaxTile);
+    cached_ = arena.take<int32_t>(kCached);
+    for (int i = 0; i < kCached; ++i) {
+      keys_[i] = arena.take<T>(int64_t{kMaxTile} * round_up(d, kLanes<T>));
+      values_[i] = arena.take<T>(int64_t{kMaxTile} * round_up(dv, kLanes<T>));
+    }
+  }
+
+  /// Turns to one head (of the queries) and pass.
+  void start(const AttentionParams& params, const PlanView& plan, const PassView& pass,
+             int64_t head) {
+    const int64_t b = head / params.heads,
+                  h = head % params.heads / (params.heads / params.heads_kv);
+    key_ = head_of(params.key, b, h);
+    value_ = head_of(params.value, b, h);
+    padding_ = params.key_padding ? params.key_padding + b * params.n_k : nullptr;
+    plan_ = &plan;
+    pass_ = &pass;
+    for (int i = 0; i < kCached; ++i) cached_[i] = -1;
+  }
+
+  const Tile& tile(int32_t index) const { return pass_->key_tiles[index]; }
+
+  /// False if no row sees any key of the tile.
+  bool get(int32_t index, int32_t mask, KeyTile<T>& out) {
+    const Tile& tile = pass_->key_tiles[index];
+    out.count = tile.count;
+    out.words = mask < 0 ? nullptr : plan_->masks[mask];
+    if (padding_ && !apply_padding(tile, out)) return false;
+    if (reads_in_place(tile)) {
+      out.key = in_place(key_, tile);
+      out.value = in_place(value_, tile);
+      return true;
+    }
+    const int entry = index % kCached;
+    const int key_stride = round_up(d_, kLanes<T>), value_stride = round_up(dv_, kLanes<T>);
+    if (cached_[entry] != index) {
+      for (int i = 0; i < tile.count; ++i) {
+        pack_row(keys_[entry] + i * key_stride, key_.row(tile, plan_->token_list, i), d_,
+                 key_stride);
+        pack_row(values_[entry] + i * value_stride, value_.row(tile, plan_->token_list, i), dv_,
+                 value_stride);
+      }
+      cached_[entry] = index;
+    }
+    out.key = {keys_[entry], key_stride};
+    out.value = {values_[entry], value_stride};
+    return true;
+  }
+
+ private:
+  /// A window of +-256 keeps 10 tiles in use; 16 of 64 x 64 keys and values are 512 KiB, which a
+  /// level-2 cache holds.
+  static constexpr int kCached = 16;
+
+  static Head<const S> head_of(const sparse_attn::TensorView& view, int64_t b, int64_t h) {
+    return {static_cast<const S*>(view.data) + b * view.batch_stride + h * view.head_stride,
+            view.row_stride};
+  }
+
+  bool reads_in_place(const Tile& tile) const { return kSameType<S, T> && tile.list < 0; }
+
+  Rows<T> in_place(const Head<const S>& head, const Tile& tile) const {
+    if constexpr (kSameType<S, T>)
+      return {head.row(tile, plan_->token_list, 0), head.stride * tile.step};
+    return {nullptr, 0};
+  }
+
+  /// Clears the words of padded keys; false if that leaves nothing.
+  bool apply_padding(const Tile& tile, KeyTile<T>& out) {
+    bool any_padded = false, any_seen = false;
+    for (int i = 0; i < tile.count; ++i) {
+      const bool padded = padding_[sparse_attn::token(tile, plan_->token_list, i)] != 0;
+      words_[i] = padded ? 0 : out.words ? out.words[i] : ~uint64_t{0};
+      any_padded = any_padded || padded;
+      any_seen = any_seen || !padded;
+    }
+    if (any_padded) out.words = words_;
+    return any_seen;
+  }
+
+  const int d_, dv_;
+  Head<const S> key_{}, value_{};
+  const uint8_t* padding_ = nullptr;
+  const PlanView* plan_ = nullptr;
+  const PassView* pass_ = nullptr;
+  uint64_t* words_;  // of the tile at hand
+  int32_t* cached_;  // which tile each entry holds
+  T* keys_[kCached];
+  T* values_[kCached];
+};
+
+}  // namespace

@@ -1,0 +1,158 @@
+// exp2 and the running softmax of a tile of logits whose SIMD lanes are queries.
+#pragma once
+
+#include "plan/schedule.h"
+#include "vec.h"
+
+namespace {
+
+using sparse_attn::kMaxTile;
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+template <class T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
+/// Constants of exp2 for each type: Taylor coefficients of 2^f = e^(f ln 2) on [-1/2, 1/2].
+template <class T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {
+  static constexpr float kLeast = -126.0f;  // 2^x is flushed to zero below the normal numbers
+  static constexpr float kRound =
+      0x1.8p23f + 127.0f;  // adding it rounds, and leaves the biased exponent in the low bits
+  static constexpr int kMantissa = 23;
+  static constexpr int kTerms = 7;  // last term 1.2e-7 * 0.13: below half a unit in the last place
+  static constexpr float kTaylor[kTerms] = {1.0f,
+                                            0.693147180560f,
+                                            0.240226506959f,
+                                            0.0555041086648f,
+                                            0.00961812910763f,
+                                            0.00133335581464f,
+                                            0.000154035303934f};
+};
+
+template <>
+struct Exp2<double> {
+  static constexpr double kLeast = -1022.0;
+  static constexpr double kRound = 0x1.8p52 + 1023.0;
+  static constexpr int kMantissa = 52;
+  static constexpr int kTerms = 14;
+  static constexpr double kTaylor[kTerms] = {1.0,
+                                             6.931471805599453094e-01,
+                                             2.402265069591007123e-01,
+                                             5.550410866482157995e-02,
+                                             9.618129107628477162e-03,
+                                             1.333355814642844342e-03,
+                                             1.540353039338160995e-04,
+                                             1.525273380405984028e-05,
+                                             1.321548679014430949e-06,
+                                             1.017808600923969973e-07,
+                                             7.054911620801123330e-09,
+                                             4.445538271870811498e-10,
+                                             2.567843599348820514e-11,
+                                             1.369148885390412888e-12};
+};
+
+/// 2^x for x <= 127; 0 for x = -inf; NaN for NaN.
+template <class T>
+SPARSE_ATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  using C = Exp2<T>;
+  const Vec<T> clamped = x < C::kLeast ? broadcast(C::kLeast) : x;
+  const Vec<T> shifted = clamped + C::kRound;
+  const Vec<T> fraction = clamped - (shifted - C::kRound);
+  Vec<T> sum = broadcast(C::kTaylor[C::kTerms - 1]);
+#pragma GCC unroll 16
+  for (int i = C::kTerms - 2; i >= 0; --i) sum = sum * fraction + C::kTaylor[i];
+  const Vec<T> power =
+      reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(shifted) << C::kMantissa);
+  return x < C::kLeast ? Vec<T>{}
+                       : sum * power;  // a product, so that NaN stays NaN whatever its bits
+}
+
+/// Lanes of `x` whose bit is clear in the word become `other`.
+template <class T>
+SPARSE_ATTN_INLINE Vec<T> keep_lanes(Vec<T> x, uint64_t word, int vector, T other) {
+  using Lane = typename VecTypes<T>::IntLane;
+  IntVec<T> bit;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) bit[i] = Lane{1} << i;
+  const auto word_of_vector =
+      static_cast<Lane>((word >> (vector * kLanes<T>)) & ((uint64_t{1} << kLanes<T>)-1));
+  return ((word_of_vector - IntVec<T>{}) & bit) != 0 ? x : broadcast(other);
+}
+
+/// The softmax state of a row tile, one lane for each query: running maximum (base-2 logits) and
+/// sum.
+template <class T>
+struct SoftmaxState {
+  alignas(64) T maximum[kMaxTile];
+  alignas(64) T sum[kMaxTile];
+
+  void init() {
+    for (int i = 0; i < kMaxTile; i += kLanes<T>) {
+      store(maximum + i, broadcast(-kInfinity<T>));
+      store(sum + i, Vec<T>{});
+    }
+  }
+};
+
+/// Raises maxima of -inf, those of rows that have seen no key, to 0, so that exp2(-inf - m) is 0
+/// and not NaN.
+template <class T>
+SPARSE_ATTN_INLINE Vec<T> finite_maximum(Vec<T> m) {
+  return m == -kInfinity<T> ? Vec<T>{} : m;
+}
+
+/// logits[key][query] -> exp2(logits - maximum), for kVectors vectors of queries; `rescale` gets
+/// the factor that the sums so far shrink by.
+template <int kVectors, class T>
+SPARSE_ATTN_INLINE void softmax_columns(T* logits, int keys, T* maximum, T* sum, T* rescale) {
+  Vec<T> top[kVectors], total[kVectors] = {};
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) top[v] = load(maximum + v * kLanes<T>);
+  for (int k = 0; k < keys; ++k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      top[v] = max<T>(load(logits + k * kMaxTile + v * kLanes<T>), top[v]);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<T> finite = finite_maximum<T>(top[v]);
+    store(rescale + v * kLanes<T>, exp2<T>(load(maximum + v * kLanes<T>) - finite));
+    store(maximum + v * kLanes<T>, top[v]);
+    top[v] = finite;
+  }
+  for (int k = 0; k < keys; ++k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* at = logits + k * kMaxTile + v * kLanes<T>;
+      const Vec<T> p = exp2<T>(load(at) - top[v]);
+      store(at, p);
+      total[v] += p;
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    T* at = sum + v * kLanes<T>;
+    store(at, load(at) * load(rescale + v * kLanes<T>) + total[v]);
+  }
+}
+
+template <class T>
+__attribute__((noinline)) void softmax_update(T* logits, int keys, int vectors,
+                                              SoftmaxState<T>& state, T* rescale) {
+  int v = 0;
+  for (; v + 2 <= vectors; v += 2) {
+    const int at = v * kLanes<T>;
+    softmax_columns<2>(logits + at, keys, state.maximum + at, state.sum + at, rescale + at);
+  }
+  if (v < vectors) {
+    const int at = v * kLanes<T>;
+    softmax_columns<1>(logits + at, keys, state.maximum + at, state.sum + at, rescale + at);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,136 @@
+// Tiles in memory: where their rows are, how they are packed, transposed and written back.
+#pragma once
+
+#include <utility>
+
+#include "plan/schedule.h"
+#include "scalar.h"
+
+namespace {
+
+using sparse_attn::kMaxTile;
+using sparse_attn::Tile;
+
+/// Rows of Real, `stride` elements apart.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  const T* row(int64_t i) const { return data + i * stride; }
+};
+
+/// One head of a tensor.
+template <class S>
+struct Head {
+  S* data;
+  int64_t stride;
+
+  S* row(const Tile& tile, const int64_t* list, int i) const {
+    return data + sparse_attn::token(tile, list, i) * stride;
+  }
+};
+
+template <class S>
+SPARSE_ATTN_INLINE Head<const S> as_const(Head<S> head) {
+  return {head.data, head.stride};
+}
+
+template <class S, class T>
+constexpr bool kSameType = false;
+template <class T>
+constexpr bool kSameType<T, T> = true;
+
+/// Widens `size` elements and pads them with zeros up to `padded`, a whole number of vectors.
+template <class S>
+SPARSE_ATTN_INLINE void pack_row(Real<S>* to, const S* from, int size, int padded) {
+  constexpr int kStep = kLanes<Real<S>>;
+  int i = 0;
+  for (; i + kStep <= size; i += kStep) store(to + i, load_real(from + i));
+  if (i < size) {
+    store(to + i, load_real_part(from + i, size - i));
+    i += kStep;
+  }
+  for (; i < padded; i += kStep) store(to + i, Vec<Real<S>>{});
+}
+
+template <class S>
+SPARSE_ATTN_INLINE void unpack_row(S* to, const Real<S>* from, int size) {
+  constexpr int kStep = kLanes<Real<S>>;
+  int i = 0;
+  for (; i + kStep <= size; i += kStep) store_real(to + i, load(from + i));
+  if (i < size) store_real_part(to + i, load(from + i), size - i);
+}
+
+/// The rows of a tile in row-major order, each a whole number of vectors long: in place where the
+/// tensor allows it, else packed into `buffer`.
+template <class S>
+SPARSE_ATTN_INLINE Rows<Real<S>> whole_vector_rows(Head<const S> head, const Tile& tile,
+                                                   const int64_t* list, int size, Real<S>* buffer) {
+  const int padded = round_up(size, kLanes<Real<S>>);
+  if constexpr (kSameType<S, Real<S>>) {
+    if (padded == size && tile.list < 0) return {head.row(tile, list, 0), head.stride * tile.step};
+  }
+  for (int i = 0; i < tile.count; ++i)
+    pack_row(buffer + i * padded, head.row(tile, list, i), size, padded);
+  return {buffer, padded};
+}
+
+template <class T, int... kLane>
+SPARSE_ATTN_INLINE Vec<T> zip_low(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes<T>)...);
+}
+template <class T, int... kLane>
+SPARSE_ATTN_INLINE Vec<T> zip_high(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLanes<T> / 2 + kLane / 2 + kLane % 2 * kLanes<T>)...);
+}
+
+/// Transposes a square block in registers by log2(lanes) perfect shuffles.
+template <class T>
+SPARSE_ATTN_INLINE void transpose_block(Vec<T> (&block)[kLanes<T>]) {
+  constexpr int kHalf = kLanes<T> / 2;
+  constexpr auto kEach = std::make_integer_sequence<int, kLanes<T>>{};
+#pragma GCC unroll 8
+  for (int stage = kLanes<T>; stage > 1; stage /= 2) {
+    Vec<T> next[kLanes<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) {
+      next[2 * i] = zip_low<T>(block[i], block[i + kHalf], kEach);
+      next[2 * i + 1] = zip_high<T>(block[i], block[i + kHalf], kEach);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) block[i] = next[i];
+  }
+}
+
+/// to[c][r] = factor * from[r][c] for whole vectors of columns; rows from `count` up to the next
+/// whole vector become zero.
+template <class T>
+__attribute__((noinline)) void transpose_rows(T* to, int64_t to_stride, Rows<T> from, int count,
+                                              int columns, T factor) {
+  for (int r = 0; r < count; r += kLanes<T>) {
+    for (int c = 0; c < columns; c += kLanes<T>) {
+      Vec<T> block[kLanes<T>];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes<T>; ++i) {
+        block[i] = r + i < count ? load(from.row(r + i) + c) * factor : Vec<T>{};
+      }
+      transpose_block<T>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes<T>; ++i) store(to + (c + i) * to_stride + r, block[i]);
+    }
+  }
+}
+
+/// Zeroes `count` elements, a whole number of vectors.
+template <class T>
+SPARSE_ATTN_INLINE void fill_zero(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, Vec<T>{});
+}
+
+/// to[i] += from[i] for a whole number of vectors.
+template <class T>
+SPARSE_ATTN_INLINE void add_row(T* to, const T* from, int count) {
+  for (int i = 0; i < count; i += kLanes<T>) store(to + i, load(to + i) + load(from + i));
+}
+
+}  // namespace

@@ -1,0 +1,185 @@
+#include "ops/checks.h"
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <cmath>
+#include <string>
+
+namespace sparse_attn {
+namespace {
+
+using SymSizes = std::vector<c10::SymInt>;
+
+void check_shape(const char* name, const at::Tensor& tensor, const SymSizes& expected,
+                 const char* why) {
+  const auto sizes = tensor.sym_sizes();
+  bool equal = sizes.size() == expected.size();
+  for (std::size_t i = 0; equal && i < expected.size(); ++i) equal = sizes[i] == expected[i];
+  TORCH_CHECK_VALUE(equal, "sparse_attn: expected ", name, " of shape ",
+                    c10::SymIntArrayRef(expected), why, ", got ", sizes);
+}
+
+void check_same_place(const char* name, const at::Tensor& tensor, const at::Tensor& query) {
+  TORCH_CHECK_VALUE(tensor.device() == query.device(), "sparse_attn: expected ", name,
+                    " on device ", query.device(), ", as query, got ", tensor.device());
+}
+
+void check_kind(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_nested(), "sparse_attn: expected ",
+                   name, " to be a dense tensor, got layout ", tensor.layout(),
+                   tensor.is_nested() ? " (nested)" : "");
+}
+
+void check_like_query(const char* name, const at::Tensor& tensor, const at::Tensor& query) {
+  check_kind(name, tensor);
+  check_same_place(name, tensor, query);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == query.scalar_type(), "sparse_attn: expected ", name,
+                   " of dtype ", query.scalar_type(), ", as query, got ", tensor.scalar_type());
+}
+
+void check_rank(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.dim() == 4, "sparse_attn: expected ", name,
+                    " of shape (batch, heads, length, size), 4 dimensions, got shape ",
+                    tensor.sym_sizes());
+}
+
+void check_query(const at::Tensor& query) {
+  check_kind("query", query);
+  const auto type = query.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
+      "sparse_attn: expected query of dtype float64, float32, bfloat16 or float16, got ", type);
+  check_rank("query", query);
+  TORCH_CHECK_VALUE(query.sym_size(3) > 0,
+                    "sparse_attn: expected query with a head size of at least 1, got shape ",
+                    query.sym_sizes());
+}
+
+void check_heads(const AttentionArguments& a) {
+  const c10::SymInt heads = a.query.sym_size(1), heads_kv = a.key.sym_size(1);
+  if (!a.enable_gqa) {
+    TORCH_CHECK_VALUE(heads == heads_kv, "sparse_attn: expected key with ", heads,
+                      " heads, as query (enable_gqa=True allows a divisor), got ", heads_kv);
+    return;
+  }
+  TORCH_CHECK_VALUE(heads == heads_kv || (heads_kv > 0 && heads % heads_kv == 0),
+                    "sparse_attn: expected key with a number of heads that divides the query's ",
+                    heads, ", got ", heads_kv);
+}
+
+void check_tensors(const AttentionArguments& a) {
+  check_query(a.query);
+  check_like_query("key", a.key, a.query);
+  check_like_query("value", a.value, a.query);
+  check_rank("key", a.key);
+  check_rank("value", a.value);
+  check_heads(a);
+  const c10::SymInt batch = a.query.sym_size(0), heads_kv = a.key.sym_size(1),
+                    n_k = a.key.sym_size(2);
+  check_shape("key", a.key, {batch, heads_kv, n_k, a.query.sym_size(3)},
+              " (the query's batch and head size)");
+  check_shape("value", a.value, {batch, heads_kv, n_k, a.value.sym_size(3)},
+              " (the key's batch, heads and length)");
+}
+
+void check_mask(const char* name, const OptionalTensor& mask, const AttentionArguments& a) {
+  if (!mask) return;
+  check_kind(name, *mask);
+  TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "sparse_attn: expected ", name,
+                   " of dtype bool, got ", mask->scalar_type());
+  check_same_place(name, *mask, a.query);
+  check_shape(name, *mask, {a.query.sym_size(0), a.key.sym_size(2)}, " (batch, keys)");
+}
+
+void check_finite(const char* name, std::optional<double> value) {
+  TORCH_CHECK_VALUE(!value || std::isfinite(*value), "sparse_attn: expected ", name,
+                    " to be finite, got ", *value);
+}
+
+void check_unbuilt(const AttentionArguments& a) {
+  check_finite("softcap", a.softcap);
+  TORCH_CHECK_VALUE(a.dropout_p >= 0.0 && a.dropout_p <= 1.0,
+                    "sparse_attn: expected dropout_p in [0, 1], got ", a.dropout_p);
+  const std::array<std::pair<const char*, bool>, 7> arguments{
+      {{"bias", a.bias.has_value()},
+       {"gate", a.gate.has_value()},
+       {"dropout_p", a.dropout_p > 0.0},
+       {"dropout_seed", a.dropout_seed.has_value()},
+       {"softcap", a.softcap.has_value()},
+       {"sink", a.sink.has_value()},
+       {"pattern_tensors", a.pattern_tensors.has_value() && !a.pattern_tensors->empty()}}};
+  for (const auto& [name, given] : arguments) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!given, "sparse_attn: expected no ", name,
+                                ", which is not built yet, got one");
+  }
+}
+
+void check_sizes_of(const Expression& pattern, const AttentionArguments& a) {
+  const auto patterns = static_cast<std::int64_t>(head_patterns(pattern).size());
+  const c10::SymInt heads = a.query.sym_size(1), n_k = a.key.sym_size(2);
+  TORCH_CHECK_VALUE(heads % patterns == 0,
+                    "sparse_attn: expected pattern to list a number of patterns that divides the ",
+                    heads, " heads, got ", patterns);
+  const std::int64_t token = most_demanding_token(pattern);
+  TORCH_CHECK_VALUE(keys_needed(token) == 1 || n_k == 0 || n_k >= keys_needed(token),
+                    "sparse_attn: expected pattern to have tokens in [-", n_k, ", ", n_k,
+                    "), the keys, got ", token);
+}
+
+}  // namespace
+
+Expression check_pattern(at::IntArrayRef pattern) {
+  return with_value_errors(
+      [&] { return parse(pattern.data(), static_cast<std::int64_t>(pattern.size())); });
+}
+
+Expression check_attention(const AttentionArguments& a) {
+  check_tensors(a);
+  check_mask("key_padding_mask", a.key_padding_mask, a);
+  check_mask("global_mask", a.global_mask, a);
+  check_finite("scale", a.scale);
+  check_unbuilt(a);
+  Expression pattern = check_pattern(a.pattern);
+  check_sizes_of(pattern, a);
+  return pattern;
+}
+
+Expression check_backward(const BackwardArguments& a) {
+  const AttentionArguments forward = a.forward();
+  Expression pattern = check_attention(forward);
+  const SymSizes rows{a.query.sym_size(0), a.query.sym_size(1), a.query.sym_size(2)};
+  SymSizes outputs = rows;
+  outputs.push_back(a.value.sym_size(3));
+  for (const auto& [name, tensor] :
+       {std::pair<const char*, const at::Tensor&>{"grad_output", a.grad_output},
+        {"output", a.output}}) {
+    check_like_query(name, tensor, a.query);
+    check_shape(name, tensor, outputs, " (the query's, with the value's size)");
+  }
+  const auto check_lse = [&](const char* name, const at::Tensor& lse) {
+    const auto type = a.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    check_kind(name, lse);
+    check_same_place(name, lse, a.query);
+    TORCH_CHECK_TYPE(lse.scalar_type() == type, "sparse_attn: expected ", name, " of dtype ", type,
+                     ", got ", lse.scalar_type());
+    check_shape(name, lse, rows, " (batch, heads, queries)");
+  };
+  check_lse("logsumexp", a.logsumexp);
+  if (a.grad_logsumexp) check_lse("grad_logsumexp", *a.grad_logsumexp);
+  return pattern;
+}
+
+double default_scale(const at::Tensor& query) {
+  return 1.0 / std::sqrt(static_cast<double>(query.size(3)));
+}
+
+at::Tensor empty_rows(const at::Tensor& like, const c10::SymInt& size) {
+  const c10::SymInt batch = like.sym_size(0), heads = like.sym_size(1), rows = like.sym_size(2);
+  if (like.sym_stride(1) < like.sym_stride(2)) {
+    return at::empty_symint({batch, rows, heads, size}, like.options()).transpose(1, 2);
+  }
+  return at::empty_symint({batch, heads, rows, size}, like.options());
+}
+
+}  // namespace sparse_attn

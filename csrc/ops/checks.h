@@ -1,0 +1,44 @@
+// All checks of arguments, called from every kernel that does not only pass them on. An error says
+// what was expected and what came.
+#pragma once
+
+#include <stdexcept>
+
+#include "ops/arguments.h"
+#include "patterns/expression.h"
+
+namespace sparse_attn {
+
+/// Checks the call and returns its pattern. Works on symbolic sizes: a comparison becomes a guard,
+/// not a recompilation.
+Expression check_attention(const AttentionArguments& arguments);
+Expression check_backward(const BackwardArguments& arguments);
+
+/// Parses a pattern; ValueError if it is none.
+Expression check_pattern(at::IntArrayRef pattern);
+
+/// The patterns of PerHead, or the one pattern of all heads.
+inline at::ArrayRef<Expression> head_patterns(const Expression& expression) {
+  return expression.word == Word::kPerHead ? at::ArrayRef<Expression>(expression.parts)
+                                           : at::ArrayRef<Expression>(expression);
+}
+
+/// The scale that is used when none is given: 1 / sqrt(head size).
+double default_scale(const at::Tensor& query);
+
+/// The plan knows nothing of torch: what it throws becomes a ValueError here.
+template <class Function>
+decltype(auto) with_value_errors(const Function& function) {
+  try {
+    return function();
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, "sparse_attn: ", error.what());
+  }
+}
+
+/// An uninitialised (batch, heads, rows, size) tensor like `like`, laid out as (batch, rows, heads,
+/// size) in memory if that one is: the result of a layer that splits its heads by a view can then
+/// be joined by a view.
+at::Tensor empty_rows(const at::Tensor& like, const c10::SymInt& size);
+
+}  // namespace sparse_attn

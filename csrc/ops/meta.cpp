@@ -1,0 +1,31 @@
+// Shapes without data: what torch.compile and torch.export see. Symbolic sizes only.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "ops/checks.h"
+
+namespace sparse_attn {
+namespace {
+
+Outputs attention_meta(c10::DispatchKeySet, const AttentionArguments& a) {
+  check_attention(a);
+  const auto type = a.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {empty_rows(a.query, a.value.sym_size(3)),
+          at::empty_symint({a.query.sym_size(0), a.query.sym_size(1), a.query.sym_size(2)},
+                           a.query.options().dtype(type))};
+}
+
+Gradients backward_meta(c10::DispatchKeySet, const BackwardArguments& a) {
+  check_backward(a);
+  return {empty_rows(a.query, a.query.sym_size(3)), empty_rows(a.key, a.key.sym_size(3)),
+          empty_rows(a.value, a.value.sym_size(3))};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sparse_attn, Meta, m) {
+  m.impl("attention", TORCH_FN(attention_kernel<attention_meta>));
+  m.impl("attention_backward", TORCH_FN(backward_kernel<backward_meta>));
+}
+
+}  // namespace sparse_attn

@@ -1,0 +1,59 @@
+// The one struct that crosses from torch to the kernels: sizes, pointers, strides, plans. No torch
+// in here.
+#pragma once
+
+#include <cstdint>
+
+#include "plan/schedule.h"
+
+namespace sparse_attn {
+
+enum class DataType : std::int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+/// A (batch, heads, length, size) tensor; strides count elements and the last one is 1.
+struct TensorView {
+  void* data = nullptr;
+  std::int64_t batch_stride = 0;
+  std::int64_t head_stride = 0;
+  std::int64_t row_stride = 0;
+};
+
+/// "Real" below is double for float64 tensors and float for all others.
+struct AttentionParams {
+  DataType dtype = DataType::kFloat32;
+  std::int64_t batch = 0;
+  std::int64_t heads = 0;     // of the queries
+  std::int64_t heads_kv = 0;  // divides heads
+  std::int64_t n_q = 0;
+  std::int64_t n_k = 0;
+  std::int64_t head_dim = 0;
+  std::int64_t value_dim = 0;
+  double scale = 1.0;
+
+  TensorView query;     // (batch, heads, n_q, head_dim)
+  TensorView key;       // (batch, heads_kv, n_k, head_dim)
+  TensorView value;     // (batch, heads_kv, n_k, value_dim)
+  TensorView output;    // (batch, heads, n_q, value_dim)
+  void* lse = nullptr;  // (batch, heads, n_q) Real, natural logarithm, -inf without keys
+  const std::uint8_t* key_padding = nullptr;  // (batch, n_k), 1 = ignore; null = none
+
+  const PlanView* const* plans = nullptr;  // (batch, heads)
+
+  // Backward only.
+  TensorView grad_output;          // (batch, heads, n_q, value_dim)
+  const void* grad_lse = nullptr;  // (batch, heads, n_q) Real; null = zero
+  TensorView grad_query;           // as query
+  TensorView grad_key;             // as key, zero-filled
+  TensorView grad_value;           // as value, zero-filled
+
+  void* workspace = nullptr;  // as many bytes as the kernel asked for, 64-byte aligned
+};
+
+/// Runs body(context, thread) once for each thread in [0, threads), in any order and on any
+/// threads.
+struct Parallel {
+  int threads = 1;
+  void (*run)(int threads, void (*body)(void* context, int thread), void* context) = nullptr;
+};
+
+}  // namespace sparse_attn

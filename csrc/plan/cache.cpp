@@ -1,0 +1,99 @@
+#include "plan/cache.h"
+
+#include <list>
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace sparse_attn {
+namespace {
+
+/// A model needs a few plans for each pattern and length; per-example global tokens need one for
+/// each set of tokens.
+constexpr std::size_t kCapacity = 512;
+
+template <class Value>
+class LruCache {
+ public:
+  /// `make` runs outside the lock: a long build does not hold up other threads, and two that build
+  /// the same value agree on it.
+  template <class Make>
+  std::shared_ptr<const Value> get(const Words& key, Make make) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (const auto found = index_.find(key); found != index_.end()) {
+        order_.splice(order_.begin(), order_, found->second);
+        return found->second->second;
+      }
+    }
+    std::shared_ptr<const Value> made = make();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (const auto found = index_.find(key); found != index_.end()) return found->second->second;
+    order_.emplace_front(key, made);
+    index_[key] = order_.begin();
+    if (order_.size() > kCapacity) {
+      index_.erase(order_.back().first);
+      order_.pop_back();
+    }
+    return made;
+  }
+
+  void clear() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    index_.clear();
+    order_.clear();
+  }
+
+  std::int64_t size() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return static_cast<std::int64_t>(order_.size());
+  }
+
+ private:
+  using Entries = std::list<std::pair<Words, std::shared_ptr<const Value>>>;
+  std::mutex mutex_;
+  Entries order_;
+  std::map<Words, typename Entries::iterator> index_;
+};
+
+LruCache<Plan>& plans() {
+  static LruCache<Plan> cache;
+  return cache;
+}
+
+LruCache<Schedule>& schedules() {
+  static LruCache<Schedule> cache;
+  return cache;
+}
+
+}  // namespace
+
+std::shared_ptr<const Plan> cached_plan(const Expression& expression, Sizes sizes) {
+  Words key = encode(expression);
+  key.insert(key.end(), {sizes.n_q, sizes.n_k});
+  return plans().get(key, [&] {
+    return std::make_shared<const Plan>(build_plan(expand(expression, sizes), sizes));
+  });
+}
+
+std::shared_ptr<const Schedule> cached_schedule(const Expression& expression, Sizes sizes,
+                                                Direction direction, std::int64_t heads,
+                                                int chunks) {
+  Words key = encode(expression);
+  key.insert(key.end(),
+             {sizes.n_q, sizes.n_k, static_cast<std::int64_t>(direction), heads, chunks});
+  return schedules().get(key, [&] {
+    std::shared_ptr<const Plan> plan = cached_plan(expression, sizes);
+    const int cut = chunks > 0 ? chunks : chunk_count(*plan, heads);
+    return std::make_shared<const Schedule>(std::move(plan), direction, cut);
+  });
+}
+
+void clear_plan_cache() {
+  schedules().clear();
+  plans().clear();
+}
+
+std::int64_t plan_cache_size() { return plans().size(); }
+
+}  // namespace sparse_attn

@@ -1,0 +1,24 @@
+// Plans and schedules are built once and kept: a bounded, thread-safe cache, least recently used
+// first out.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "plan/partition.h"
+
+namespace sparse_attn {
+
+/// The plan of one head's pattern. Throws std::invalid_argument as `expand` does.
+std::shared_ptr<const Plan> cached_plan(const Expression& expression, Sizes sizes);
+
+/// The same, cut for `heads` (batch times heads) that run side by side; `chunks` = 0 lets the sizes
+/// decide.
+std::shared_ptr<const Schedule> cached_schedule(const Expression& expression, Sizes sizes,
+                                                Direction direction, std::int64_t heads,
+                                                int chunks = 0);
+
+void clear_plan_cache();
+std::int64_t plan_cache_size();
+
+}  // namespace sparse_attn

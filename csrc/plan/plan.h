@@ -1,0 +1,57 @@
+// A plan: which key tiles each row tile of one head visits. Built once per (pattern, sizes),
+// cached, printable, countable.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "patterns/expression.h"
+#include "plan/schedule.h"
+
+namespace sparse_attn {
+
+struct TileShape {
+  int rows = kMaxTile;
+  int keys = kMaxTile;
+};
+
+/// One sweep over the rows: residue classes modulo `step` (1 = the natural order), then listed
+/// rows.
+struct Pass {
+  std::int64_t step = 1;
+  std::vector<RowTile> row_tiles;
+  std::vector<Tile> key_tiles;        // a partition of all keys, then tiles of gathered keys
+  std::int64_t affine_key_tiles = 0;  // how many make up the partition
+  std::vector<Run> runs;
+};
+
+using Mask = std::array<std::uint64_t, kMaxTile>;
+
+struct Plan {
+  Sizes sizes;
+  TileShape tile;
+  std::vector<Pass> passes;
+  std::vector<std::int64_t> token_list;  // listed rows (as query indices) and gathered keys
+  std::vector<Mask> masks;
+
+  std::int64_t pairs = 0;    // allowed (query, key) pairs, exactly
+  std::int64_t visited = 0;  // pairs in the visited tiles
+
+  std::int64_t bytes() const;
+  std::string to_string() const;
+};
+
+Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile = {});
+
+/// Calls visit(key_tile, mask) for each key tile of the runs, in order.
+template <class Visit>
+void for_each_visit(const Run* begin, const Run* end, Visit visit) {
+  for (const Run* run = begin; run != end; ++run) {
+    for (std::int32_t i = 0; i < run->count; ++i) visit(run->key_tile + i, run->mask);
+  }
+}
+
+}  // namespace sparse_attn

@@ -1,0 +1,51 @@
+"""Sparse attention for PyTorch: every pattern one fused engine, forward and backward.
+
+>>> import torch, sparse_attn
+>>> from sparse_attn import Causal, Global, Window
+>>> query, key, value = (torch.randn(1, 8, 1000, 64) for _ in range(3))
+>>> pattern = (Window(128, 0) | Global([0])) & Causal()
+>>> sparse_attn.attention(query, key, value, pattern).shape
+torch.Size([1, 8, 1000, 64])
+"""
+
+from sparse_attn import functional, nn
+from sparse_attn.functional import attention
+from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, plan_info
+from sparse_attn.nn import LongformerSelfAttention
+from sparse_attn.patterns import (
+    Causal,
+    Cost,
+    Full,
+    Global,
+    GlobalKeys,
+    GlobalQueries,
+    Intersection,
+    Pattern,
+    PerHead,
+    Union,
+    Window,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Causal",
+    "Cost",
+    "Full",
+    "Global",
+    "GlobalKeys",
+    "GlobalQueries",
+    "Intersection",
+    "LongformerSelfAttention",
+    "Pattern",
+    "PerHead",
+    "Union",
+    "Window",
+    "attention",
+    "build_info",
+    "clear_plan_cache",
+    "cmake_prefix_path",
+    "functional",
+    "nn",
+    "plan_info",
+]

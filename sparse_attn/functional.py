@@ -1,0 +1,121 @@
+"""Attention as functions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparse_attn._library import ops
+from sparse_attn.patterns import Pattern, check_pattern
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    key_padding_mask: Tensor | None = None,
+    global_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Softmax attention over the pairs that a pattern allows, fused, in memory linear in the
+    length.
+
+    output[b, h, i] = Σ_j softmax_j(scale · query[b, h, i] · key[b, h, j]) value[b, h, j], over the
+    keys j that query i sees. A query that sees none gives output 0, log-sum-exp −inf and gradient
+    0.
+
+    Args:
+        query: (batch, heads, n_q, head_dim); float64, float32, bfloat16 or float16.
+        key: (batch, heads_kv, n_k, head_dim), as query. With n_q ≠ n_k the ends are aligned: query
+            i stands at position i + n_k − n_q.
+        value: (batch, heads_kv, n_k, value_dim), as query.
+        pattern: A `Pattern`; `PerHead` for one per head.
+        key_padding_mask: (batch, n_k) bool, True = ignore this key.
+        global_mask: (batch, n_k) bool, True = a global token of this example. Allowed are then the
+            pairs of the pattern and of the rows and columns of these tokens, intersected with
+            `Causal()` if the pattern is causal.
+        bias: Not built yet.
+        gate: Not built yet.
+        dropout_p: Not built yet; must be 0.
+        dropout_seed: Not built yet.
+        scale: Factor of the logits; 1 / √head_dim if None.
+        softcap: Not built yet.
+        sink: Not built yet.
+        enable_gqa: Let heads be a multiple of heads_kv: query head h uses key head h // (heads /
+            heads_kv).
+        return_lse: Also return the log-sum-exp of the scaled logits, natural logarithm, (batch,
+            heads, n_q); float32 for half types. It is differentiable.
+        return_weights: Not built yet.
+
+    Returns:
+        The output (batch, heads, n_q, value_dim), in query's dtype; with `return_lse` the pair
+        (output, log-sum-exp). Half types are summed in float32. The same inputs give bitwise the
+        same results for any number of threads.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, device or value does not fit, or a token does not exist.
+        NotImplementedError: An argument that is not built yet is given.
+
+    >>> import torch
+    >>> from sparse_attn import Global, Window, attention
+    >>> query, key, value = (torch.randn(2, 4, 100, 32, requires_grad=True) for _ in range(3))
+    >>> output, lse = attention(query, key, value, Window(16) | Global([0]), return_lse=True)
+    >>> output.shape, lse.shape
+    (torch.Size([2, 4, 100, 32]), torch.Size([2, 4, 100]))
+    >>> output.sum().backward()
+    """
+    check_pattern(pattern)
+    _check_tensors(
+        query=query,
+        key=key,
+        value=value,
+        key_padding_mask=key_padding_mask,
+        global_mask=global_mask,
+        bias=bias,
+        gate=gate,
+        dropout_seed=dropout_seed,
+        sink=sink,
+    )
+    if return_weights:
+        raise NotImplementedError(
+            "sparse_attn: expected return_weights=False, True is not built yet"
+        )
+    output, lse = ops.attention(
+        query,
+        key,
+        value,
+        pattern.encode(),
+        key_padding_mask=key_padding_mask,
+        global_mask=global_mask,
+        bias=bias,
+        gate=gate,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        scale=scale,
+        softcap=softcap,
+        sink=sink,
+        enable_gqa=enable_gqa,
+    )
+    return (output, lse) if return_lse else output
+
+
+_REQUIRED = ("query", "key", "value")
+
+
+def _check_tensors(**arguments: object) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor) and (argument is not None or name in _REQUIRED):
+            raise TypeError(
+                f"sparse_attn: expected {name} to be a Tensor, got {type(argument).__name__}"
+            )

@@ -1,0 +1,5 @@
+"""Attention layers."""
+
+from sparse_attn.nn.longformer import LongformerSelfAttention
+
+__all__ = ["LongformerSelfAttention"]

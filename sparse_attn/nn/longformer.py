@@ -1,0 +1,183 @@
+"""Longformer's attention layer (Beltagy et al. 2020, sections 3.1 and 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.functional import attention
+from sparse_attn.patterns import Causal, GlobalQueries, Pattern, PerHead, Window
+
+
+class LongformerSelfAttention(nn.Module):
+    """Sliding-window attention with global tokens that have projections of their own.
+
+    A drop-in for the attention of Hugging Face's Longformer: parameter names, numbers and
+    conventions are the same, and so there is no output projection. Unlike there, any length goes,
+    windows may be odd, dilated or causal, and nothing waits for the device.
+
+    Args:
+        embed_dim: Size of the hidden states.
+        num_heads: Number of heads; divides embed_dim.
+        attention_window: Total size of the window: ⌊w/2⌋ tokens on each side, and the token itself.
+        dilation: Distance between neighboring keys of the window; one int, or one for each head.
+        dropout: Dropout of the attention probabilities in training. Not built yet: training with a
+            value above 0 raises NotImplementedError.
+        causal: Keep only the left half of the window and the token itself; global attention is
+            causal too.
+        bias: Whether the projections have biases.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        ValueError: embed_dim is not a multiple of num_heads, or attention_window, dilation or
+            dropout is out of range.
+
+    >>> layer = LongformerSelfAttention(64, 4, attention_window=32)
+    >>> tokens = torch.ones(2, 100, dtype=torch.long)
+    >>> is_global = torch.zeros(2, 100, dtype=torch.long)
+    >>> is_global[:, 0] = 1
+    >>> (output,) = layer(torch.randn(2, 100, 64), tokens, is_global)
+    >>> output.shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        attention_window: int,
+        dilation: int | Iterable[int] = 1,
+        dropout: float = 0.0,
+        causal: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(
+                "sparse_attn: expected embed_dim to be a multiple of num_heads, got "
+                f"{embed_dim} and {num_heads}"
+            )
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"sparse_attn: expected dropout in [0, 1], got {dropout}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.attention_window = attention_window
+        self.dilation = dilation if isinstance(dilation, int) else tuple(dilation)
+        self.dropout = dropout
+        self.causal = causal
+        self.pattern = _window(attention_window, self.dilation, num_heads, causal)
+        # Only the tokens of global_mask, which attention() adds.
+        self.global_pattern = GlobalQueries([]) & Causal() if causal else GlobalQueries([])
+        for name in _PROJECTIONS:
+            projection = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+            self.add_module(name, projection)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor]:
+        """Attend.
+
+        Args:
+            hidden_states: (batch, length, embed_dim).
+            attention_mask: (batch, length), 1 = token, 0 = padding: no query sees it, and its
+                output is 0.
+            global_attention_mask: (batch, length), 1 = global: sees all tokens and is seen by all.
+                Padding wins over it.
+            output_attentions: Not built yet.
+
+        Returns:
+            A tuple of the output (batch, length, embed_dim).
+
+        Raises:
+            ValueError: A shape does not fit.
+            NotImplementedError: output_attentions is asked for.
+        """
+        if output_attentions:
+            raise NotImplementedError(
+                "sparse_attn: expected output_attentions=False, True is not built yet"
+            )
+        self._check(hidden_states, attention_mask, global_attention_mask)
+        padding = None if attention_mask is None else attention_mask == 0
+        is_global = None if global_attention_mask is None else global_attention_mask != 0
+        if is_global is not None and padding is not None:
+            is_global = is_global & ~padding
+
+        query, key, value = self._project(hidden_states, "query", "key", "value")
+        output = self._attend(query, key, value, self.pattern, padding, is_global)
+        if is_global is None:
+            output = output + self._zero_of_unused()
+        else:
+            parts = self._project(hidden_states, "query_global", "key_global", "value_global")
+            global_output = self._attend(*parts, self.global_pattern, padding, is_global)
+            output = torch.where(is_global[:, None, :, None], global_output, output)
+        if padding is not None:
+            output = output.masked_fill(padding[:, None, :, None], 0.0)
+        return (output.transpose(1, 2).flatten(2),)
+
+    def extra_repr(self) -> str:
+        """The pattern, in `print(module)`."""
+        return f"{self.embed_dim}, {self.num_heads}, pattern={self.pattern}"
+
+    def _attend(self, query, key, value, pattern, padding, is_global) -> Tensor:
+        return attention(
+            query,
+            key,
+            value,
+            pattern,
+            key_padding_mask=padding,
+            global_mask=is_global,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    def _project(self, hidden_states: Tensor, *names: str) -> list[Tensor]:
+        """(batch, heads, length, head_dim) for each name."""
+        projected = (getattr(self, name)(hidden_states) for name in names)
+        return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
+
+    def _zero_of_unused(self) -> Tensor:
+        """0, differentiable: the global projections get gradients of 0 and not None.
+
+        Distributed training waits for the gradient of every parameter.
+        """
+        unused = [p for name in _PROJECTIONS[3:] for p in getattr(self, name).parameters()]
+        return sum(p.flatten()[:0].sum() for p in unused)
+
+    def _check(self, hidden_states: Tensor, *masks: Tensor | None) -> None:
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.embed_dim:
+            raise ValueError(
+                "sparse_attn: expected hidden_states of shape (batch, length, "
+                f"{self.embed_dim}), got {tuple(hidden_states.shape)}"
+            )
+        for name, mask in zip(("attention_mask", "global_attention_mask"), masks, strict=True):
+            if mask is not None and mask.shape != hidden_states.shape[:2]:
+                raise ValueError(
+                    f"sparse_attn: expected {name} of shape {tuple(hidden_states.shape[:2])} "
+                    f"(batch, length), got {tuple(mask.shape)}"
+                )
+
+
+_PROJECTIONS = ("query", "key", "value", "query_global", "key_global", "value_global")
+
+
+def _window(attention_window: int, dilation, num_heads: int, causal: bool) -> Pattern:
+    def one(step: int) -> Window:
+        window = Window.from_longformer(attention_window, step)
+        return Window(window.left, 0, step) if causal else window
+
+    if isinstance(dilation, int):
+        return one(dilation)
+    if len(dilation) != num_heads:
+        raise ValueError(
+            "sparse_attn: expected dilation to be an int or one for each of the "
+            f"{num_heads} heads, got {dilation}"
+        )
+    return PerHead([one(step) for step in dilation])
