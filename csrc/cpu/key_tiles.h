@@ -83,11 +83,12 @@ class KeyTiles {
             view.row_stride};
   }
 
-  bool reads_in_place(const Tile& tile) const { return kSameType<S, T> && tile.list < 0; }
+  bool reads_in_place(const Tile& tile) const {
+    return reads_rows_in_place<S>(key_, tile, d_) && reads_rows_in_place<S>(value_, tile, dv_);
+  }
 
   Rows<T> in_place(const Head<const S>& head, const Tile& tile) const {
-    if constexpr (kSameType<S, T>)
-      return {head.row(tile, plan_->token_list, 0), head.stride * tile.step};
+    if constexpr (kSameType<S, T>) return {head.row(tile, plan_->token_list, 0), head.stride};
     return {nullptr, 0};
   }
 

@@ -61,6 +61,14 @@ SPARSE_ATTN_INLINE void unpack_row(S* to, const Real<S>* from, int size) {
   if (i < size) store_real_part(to + i, load(from + i), size - i);
 }
 
+/// Whether the products read a tile where it lies. Rows that are far apart are packed first: at a
+/// stride of 2 KiB a tile falls into a few sets of the level-1 cache, which made the forward
+/// pass 1.35 x slower.
+template <class S>
+SPARSE_ATTN_INLINE bool reads_rows_in_place(Head<const S> head, const Tile& tile, int size) {
+  return kSameType<S, Real<S>> && tile.list < 0 && tile.step == 1 && head.stride == size;
+}
+
 /// The rows of a tile in row-major order, each a whole number of vectors long: in place where the
 /// tensor allows it, else packed into `buffer`.
 template <class S>
@@ -68,7 +76,9 @@ SPARSE_ATTN_INLINE Rows<Real<S>> whole_vector_rows(Head<const S> head, const Til
                                                    const int64_t* list, int size, Real<S>* buffer) {
   const int padded = round_up(size, kLanes<Real<S>>);
   if constexpr (kSameType<S, Real<S>>) {
-    if (padded == size && tile.list < 0) return {head.row(tile, list, 0), head.stride * tile.step};
+    if (padded == size && reads_rows_in_place(head, tile, size)) {
+      return {head.row(tile, list, 0), head.stride};
+    }
   }
   for (int i = 0; i < tile.count; ++i)
     pack_row(buffer + i * padded, head.row(tile, list, i), size, padded);

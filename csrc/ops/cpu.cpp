@@ -157,8 +157,8 @@ Gradients backward_cpu(c10::DispatchKeySet, const BackwardArguments& a) {
   const Expression pattern = check_backward(a);
   const AttentionArguments forward = a.forward();
   const at::Tensor grad_query = empty_rows(a.query, a.query.size(3));
-  const at::Tensor grad_key = empty_rows(a.key, a.key.size(3)).zero_();
-  const at::Tensor grad_value = empty_rows(a.value, a.value.size(3)).zero_();
+  const at::Tensor grad_key = at::zeros(a.key.sizes(), a.key.options());
+  const at::Tensor grad_value = at::zeros(a.value.sizes(), a.value.options());
   if (is_empty(forward) || a.key.size(2) == 0) return {grad_query.zero_(), grad_key, grad_value};
   Call call(forward, pattern, Direction::kBackward);
   const at::Tensor grad_output = with_unit_stride(a.grad_output),

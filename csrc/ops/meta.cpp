@@ -17,8 +17,10 @@ Outputs attention_meta(c10::DispatchKeySet, const AttentionArguments& a) {
 
 Gradients backward_meta(c10::DispatchKeySet, const BackwardArguments& a) {
   check_backward(a);
-  return {empty_rows(a.query, a.query.sym_size(3)), empty_rows(a.key, a.key.sym_size(3)),
-          empty_rows(a.value, a.value.sym_size(3))};
+  // Sums of keys go to contiguous rows, whatever the layout of the keys: see reads_rows_in_place.
+  return {empty_rows(a.query, a.query.sym_size(3)),
+          at::empty_symint(a.key.sym_sizes(), a.key.options()),
+          at::empty_symint(a.value.sym_sizes(), a.value.options())};
 }
 
 }  // namespace

@@ -353,12 +353,10 @@ Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile) {
 }
 
 std::int64_t Plan::bytes() const {
-  const auto size = [](const auto& v) {
-    return static_cast<std::int64_t>(v.size() * sizeof(v[0]));
-  };
-  std::int64_t total = size(token_list) + size(masks);
-  for (const Pass& pass : passes)
-    total += size(pass.row_tiles) + size(pass.key_tiles) + size(pass.runs);
+  std::int64_t total = bytes_of(token_list) + bytes_of(masks);
+  for (const Pass& pass : passes) {
+    total += bytes_of(pass.row_tiles) + bytes_of(pass.key_tiles) + bytes_of(pass.runs);
+  }
   return total;
 }
 

@@ -9,8 +9,9 @@ namespace sparse_attn {
 namespace {
 
 /// A model needs a few plans for each pattern and length; per-example global tokens need one for
-/// each set of tokens.
-constexpr std::size_t kCapacity = 512;
+/// each set of tokens. A window plan of 4096 tokens has 10 KiB, one of a million 3 MiB.
+constexpr std::size_t kMostEntries = 512;
+constexpr std::int64_t kMostBytes = std::int64_t{128} << 20;
 
 template <class Value>
 class LruCache {
@@ -31,10 +32,9 @@ class LruCache {
     if (const auto found = index_.find(key); found != index_.end()) return found->second->second;
     order_.emplace_front(key, made);
     index_[key] = order_.begin();
-    if (order_.size() > kCapacity) {
-      index_.erase(order_.back().first);
-      order_.pop_back();
-    }
+    bytes_ += made->bytes();
+    while (order_.size() > kMostEntries || (bytes_ > kMostBytes && order_.size() > 1))
+      drop_oldest();
     return made;
   }
 
@@ -42,6 +42,7 @@ class LruCache {
     const std::lock_guard<std::mutex> lock(mutex_);
     index_.clear();
     order_.clear();
+    bytes_ = 0;
   }
 
   std::int64_t size() {
@@ -51,8 +52,16 @@ class LruCache {
 
  private:
   using Entries = std::list<std::pair<Words, std::shared_ptr<const Value>>>;
+
+  void drop_oldest() {
+    bytes_ -= order_.back().second->bytes();
+    index_.erase(order_.back().first);
+    order_.pop_back();
+  }
+
   std::mutex mutex_;
   Entries order_;
+  std::int64_t bytes_ = 0;
   std::map<Words, typename Entries::iterator> index_;
 };
 

@@ -218,6 +218,12 @@ Schedule::Schedule(std::shared_ptr<const Plan> plan, Direction direction, int ch
   view_.masks = reinterpret_cast<const std::uint64_t(*)[kMaxTile]>(plan_->masks.data());
 }
 
+std::int64_t Schedule::bytes() const {
+  std::int64_t total = 0;
+  for (const PassPartition& p : partitions_) total += p.bytes();
+  return total;
+}
+
 int chunk_count(const Plan& plan, std::int64_t heads) {
   std::int64_t visits = 0;
   for (const Pass& pass : plan.passes) {

@@ -24,6 +24,11 @@ struct PassPartition {
   std::vector<Reduction> key_reductions;
   std::int32_t row_slots = 0;
   std::int32_t key_slots = 0;
+
+  std::int64_t bytes() const {
+    return bytes_of(runs) + bytes_of(segments) + bytes_of(chunks) + bytes_of(shared_tiles) +
+           bytes_of(row_reductions) + bytes_of(key_reductions);
+  }
 };
 
 /// A plan, its partition, and the view of both that kernels walk.
@@ -35,6 +40,8 @@ class Schedule {
 
   const Plan& plan() const { return *plan_; }
   const PlanView& view() const { return view_; }
+  /// Of the partition; the plan counts its own.
+  std::int64_t bytes() const;
 
  private:
   std::shared_ptr<const Plan> plan_;

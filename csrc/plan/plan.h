@@ -44,6 +44,11 @@ struct Plan {
   std::string to_string() const;
 };
 
+template <class T>
+std::int64_t bytes_of(const std::vector<T>& v) {
+  return static_cast<std::int64_t>(v.size() * sizeof(T));
+}
+
 Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile = {});
 
 /// Calls visit(key_tile, mask) for each key tile of the runs, in order.
