@@ -92,6 +92,14 @@ const Isa& chosen() {
 
 const Kernels& kernels(DataType dtype) { return *chosen().by_type[static_cast<int>(dtype)]; }
 
+const Kernels* kernels(const char* name, DataType dtype) {
+  for (const Isa& isa : kIsas) {
+    if (same_name(name, isa.name))
+      return isa.supported() ? isa.by_type[static_cast<int>(dtype)] : nullptr;
+  }
+  return nullptr;
+}
+
 const char* isa_name() { return chosen().name; }
 
 const char* compiled_isa(int n) {

@@ -18,6 +18,10 @@ struct Kernels {
 /// Throws std::invalid_argument if that one is unknown here.
 const Kernels& kernels(DataType dtype);
 
+/// The kernels of one instruction set by name, or null if they are not compiled or this machine
+/// lacks it.
+const Kernels* kernels(const char* name, DataType dtype);
+
 /// The instruction set in use, and the n-th one compiled (best first; null after the last).
 const char* isa_name();
 const char* compiled_isa(int n);

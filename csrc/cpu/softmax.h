@@ -14,7 +14,8 @@ constexpr double kLn2 = 0.69314718055994530942;
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-/// Constants of exp2 for each type: Taylor coefficients of 2^f = e^(f ln 2) on [-1/2, 1/2].
+/// Constants of exp2 for each type: the polynomial 1 + f · (...) whose greatest relative distance
+/// from 2^f on [-1/2, 1/2] is least. A Taylor polynomial needs one or two terms more.
 template <class T>
 struct Exp2;
 
@@ -24,14 +25,14 @@ struct Exp2<float> {
   static constexpr float kRound =
       0x1.8p23f + 127.0f;  // adding it rounds, and leaves the biased exponent in the low bits
   static constexpr int kMantissa = 23;
-  static constexpr int kTerms = 7;  // last term 1.2e-7 * 0.13: below half a unit in the last place
-  static constexpr float kTaylor[kTerms] = {1.0f,
-                                            0.693147180560f,
-                                            0.240226506959f,
-                                            0.0555041086648f,
-                                            0.00961812910763f,
-                                            0.00133335581464f,
-                                            0.000154035303934f};
+  static constexpr int kTerms = 7;  // distance 3.9e-9; 2^x is within 1.2 units in the last place
+  static constexpr float kPolynomial[kTerms] = {1.0f,
+                                                0.69314722539501108653f,
+                                                0.24022651084117293574f,
+                                                0.055502973141993247575f,
+                                                0.0096180307825051537978f,
+                                                0.0013410000966100157069f,
+                                                0.00015469731977475548114f};
 };
 
 template <>
@@ -39,21 +40,19 @@ struct Exp2<double> {
   static constexpr double kLeast = -1022.0;
   static constexpr double kRound = 0x1.8p52 + 1023.0;
   static constexpr int kMantissa = 52;
-  static constexpr int kTerms = 14;
-  static constexpr double kTaylor[kTerms] = {1.0,
-                                             6.931471805599453094e-01,
-                                             2.402265069591007123e-01,
-                                             5.550410866482157995e-02,
-                                             9.618129107628477162e-03,
-                                             1.333355814642844342e-03,
-                                             1.540353039338160995e-04,
-                                             1.525273380405984028e-05,
-                                             1.321548679014430949e-06,
-                                             1.017808600923969973e-07,
-                                             7.054911620801123330e-09,
-                                             4.445538271870811498e-10,
-                                             2.567843599348820514e-11,
-                                             1.369148885390412888e-12};
+  static constexpr int kTerms = 12;  // distance 1.8e-17; 2^x is within 1 unit in the last place
+  static constexpr double kPolynomial[kTerms] = {1.0,
+                                                 0.69314718055994569675,
+                                                 0.24022650695910098007,
+                                                 0.055504108664790394552,
+                                                 0.0096181291076070023796,
+                                                 0.0013333558153439964747,
+                                                 0.0001540353044157213033,
+                                                 0.000015252727385193868197,
+                                                 1.3215442675329822143e-6,
+                                                 1.0180647659234138888e-7,
+                                                 7.0725704128144235096e-9,
+                                                 4.078071929588336665e-10};
 };
 
 /// 2^x for x <= 127; 0 for x = -inf; NaN for NaN.
@@ -63,9 +62,9 @@ SPARSE_ATTN_INLINE Vec<T> exp2(Vec<T> x) {
   const Vec<T> clamped = x < C::kLeast ? broadcast(C::kLeast) : x;
   const Vec<T> shifted = clamped + C::kRound;
   const Vec<T> fraction = clamped - (shifted - C::kRound);
-  Vec<T> sum = broadcast(C::kTaylor[C::kTerms - 1]);
+  Vec<T> sum = broadcast(C::kPolynomial[C::kTerms - 1]);
 #pragma GCC unroll 16
-  for (int i = C::kTerms - 2; i >= 0; --i) sum = sum * fraction + C::kTaylor[i];
+  for (int i = C::kTerms - 2; i >= 0; --i) sum = sum * fraction + C::kPolynomial[i];
   const Vec<T> power =
       reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(shifted) << C::kMantissa);
   return x < C::kLeast ? Vec<T>{}

@@ -6,6 +6,7 @@
 // Rows that see (nearly) everything, the global queries, are listed into tiles of their own in the
 // first pass and owned by no other tile.
 #include <algorithm>
+#include <map>
 #include <unordered_map>
 #include <utility>
 
@@ -42,7 +43,10 @@ struct Layer {
     return c;
   }
 
+  /// Begins with the layer itself (listed rows have one of their own), whose parameters the words
+  /// leave out.
   void signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const {
+    out.push_back(positions.list ? -1 : static_cast<std::int64_t>(earlier_count));
     out.push_back(positions.count);
     out.push_back(keys.count);
     sparse_attn::signature(term, positions, keys, out);
@@ -79,17 +83,16 @@ class Builder {
       layers_.push_back(g.rest);
       layers_.back().push_back(std::make_shared<GlobalKeys>(g.keys));
     }
-    for (const Term& term : ordered_) layers_.push_back(term);
+    for (const auto& [step, same_order] : ordered_) {
+      layers_.push_back(same_order.size() == 1 ? same_order[0]
+                                               : Term{std::make_shared<UnionOf>(same_order)});
+    }
   }
 
   Plan build() {
-    std::vector<std::int64_t> steps;
-    for (const Term& term : ordered_) steps.push_back(step_of(term));
-    if (steps.empty()) steps.push_back(1);
-    std::sort(steps.begin(), steps.end());
-    steps.erase(std::unique(steps.begin(), steps.end()), steps.end());
+    if (ordered_.empty()) add_pass(1);
     const std::int64_t longest = std::max<std::int64_t>({plan_.sizes.n_q, plan_.sizes.n_k, 1});
-    for (const std::int64_t step : steps) add_pass(step, std::min(step, longest));
+    for (const auto& [step, same_order] : ordered_) add_pass(std::min(step, longest));
     return std::move(plan_);
   }
 
@@ -119,7 +122,7 @@ class Builder {
       add_gather({*p->key_list(), std::move(rest)});
       return;
     }
-    ordered_.push_back(term);
+    ordered_[step_of(term)].push_back(term);
   }
 
   void add_gather(Gather gather) {
@@ -140,7 +143,7 @@ class Builder {
     gathers_.push_back(std::move(gather));
   }
 
-  void add_pass(std::int64_t term_step, std::int64_t step) {
+  void add_pass(std::int64_t step) {
     first_pass_ = plan_.passes.empty();
     plan_.passes.emplace_back();
     pass_ = &plan_.passes.back();
@@ -151,7 +154,7 @@ class Builder {
       add_listed_rows();
     }
     for (std::int64_t residue = 0; residue < std::min(step, plan_.sizes.n_q); ++residue) {
-      add_residue_rows(residue, term_step);
+      add_residue_rows(residue);
     }
   }
 
@@ -206,7 +209,7 @@ class Builder {
     }
   }
 
-  void add_residue_rows(std::int64_t residue, std::int64_t term_step) {
+  void add_residue_rows(std::int64_t residue) {
     const std::int64_t n = plan_.sizes.n_q, step = pass_->step, offset = plan_.sizes.offset();
     const std::int64_t count = (n - residue + step - 1) / step;
     const std::int64_t key_residue = ((residue + offset) % step + step) % step;
@@ -226,11 +229,10 @@ class Builder {
           descend({layers_[g], layers_.data(), g}, gather_tiles_[g], end);
         }
       }
-      for (std::size_t t = 0; t < ordered_.size(); ++t) {
-        if (step_of(ordered_[t]) != term_step) continue;
-        const auto r = static_cast<std::size_t>(key_residue);
-        if (r + 1 >= residue_tiles_.size()) continue;  // fewer keys than residues
-        const std::size_t layer = gathers_.size() + t;
+      const auto r = static_cast<std::size_t>(key_residue);
+      const std::size_t layer = gathers_.size() + plan_.passes.size() - 1;
+      const bool any_keys = r + 1 < residue_tiles_.size();  // there may be fewer than residues
+      if (any_keys && layer < layers_.size()) {
         descend({layers_[layer], layers_.data(), layer}, residue_tiles_[r], residue_tiles_[r + 1]);
       }
       end_row_tile();
@@ -302,7 +304,10 @@ class Builder {
     const bool first = pass_->runs.size() == pass_->row_tiles.back().first_run;
     if (!first && mask == kFull) {
       Run& last = pass_->runs.back();
-      if (last.mask == kFull && last.key_tile + last.count == key_tile) {
+      // Only the last tile of a run may be short, so that the run's keys can be counted.
+      const Tile& before = pass_->key_tiles[static_cast<std::size_t>(std::max(key_tile - 1, 0))];
+      if (last.mask == kFull && last.key_tile + last.count == key_tile &&
+          before.count == plan_.tile.keys) {
         last.count += count;
         return;
       }
@@ -331,10 +336,10 @@ class Builder {
   }
 
   Plan plan_;
-  Term all_;                     // the whole pattern, for the listed rows
-  std::vector<Gather> gathers_;  // terms of listed keys
-  Terms ordered_;                // terms in residue order
-  Terms layers_;                 // both, in the order in which they claim pairs
+  Term all_;                               // the whole pattern, for the listed rows
+  std::vector<Gather> gathers_;            // terms of listed keys
+  std::map<std::int64_t, Terms> ordered_;  // terms in residue order, by step: a pass for each
+  Terms layers_;                           // both, in the order in which they claim pairs
   TokenList listed_positions_;
   std::unordered_map<Signature, std::int32_t, SignatureHash> mask_ids_;
 
