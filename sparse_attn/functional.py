@@ -87,6 +87,8 @@ def attention(
         dropout_seed=dropout_seed,
         sink=sink,
     )
+    _check_numbers(dropout_p=dropout_p, scale=scale, softcap=softcap)
+    _check_flags(enable_gqa=enable_gqa, return_lse=return_lse, return_weights=return_weights)
     if return_weights:
         raise NotImplementedError(
             "sparse_attn: expected return_weights=False, True is not built yet"
@@ -119,3 +121,15 @@ def _check_tensors(**arguments: object) -> None:
             raise TypeError(
                 f"sparse_attn: expected {name} to be a Tensor, got {type(argument).__name__}"
             )
+
+
+def _check_numbers(**arguments: object) -> None:
+    for name, argument in arguments.items():
+        if argument is not None and not hasattr(argument, "__float__"):
+            raise TypeError(f"sparse_attn: expected {name} to be a number, got {argument!r}")
+
+
+def _check_flags(**arguments: object) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, bool):
+            raise TypeError(f"sparse_attn: expected {name} to be True or False, got {argument!r}")

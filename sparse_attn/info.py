@@ -45,8 +45,9 @@ def plan_info(pattern: Pattern, n_q: int, n_k: int | None = None) -> dict[str, i
         `bytes` (memory of the plan), `passes` (sweeps over the rows) and `distinct_masks` (of
         partly allowed tiles).
 
-    >>> plan_info(Window(64), 4096)["passes"]
-    1
+    >>> from sparse_attn import Window
+    >>> plan_info(Window(64) | Window(64, dilation=8), 4096)["passes"]
+    2
     """
     check_pattern(pattern)
     n_k = n_q if n_k is None else n_k

@@ -167,7 +167,7 @@ class Pattern:
         """The plan that would run, in words: which tiles of keys each tile of queries visits.
 
         >>> print(Window(1).plan(3).rstrip())
-        plan: 3 queries x 3 keys, tiles 64 x 64, 7 pairs, 9 visited, 1 masks, 612 bytes
+        plan: 3 queries x 3 keys, tiles 64 x 64, 7 pairs, 9 visited, 1 masks, ... bytes
         pass in steps of 1
           rows 0..2: keys 0..2 (mask 0)
         """

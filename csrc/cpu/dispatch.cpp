@@ -1,5 +1,6 @@
 // Chooses among the instruction sets that CMake compiled kernels.cpp for (SPARSE_ATTN_ISAS lists
 // them, best first).
+#include <algorithm>
 #include <cstdlib>
 #include <iterator>
 #include <stdexcept>
@@ -43,15 +44,21 @@ bool supports_aarch64_neon() { return true; }
 
 #endif
 
+/// x86_64_v3 is a C++ identifier, x86-64-v3 the usual name.
+std::string usual_name(std::string name) {
+  std::replace(name.begin(), name.end(), '_', '-');
+  return name;
+}
+
 struct Isa {
-  const char* name;
+  std::string name;
   bool (*supported)();
   const Kernels* by_type[4];  // in the order of DataType
 };
 
 const Isa kIsas[] = {
 #define X(ISA)                                                                     \
-  {#ISA,                                                                           \
+  {usual_name(#ISA),                                                               \
    supports_##ISA,                                                                 \
    {&kernels_##ISA##_float32, &kernels_##ISA##_float64, &kernels_##ISA##_bfloat16, \
     &kernels_##ISA##_float16}},
@@ -59,28 +66,19 @@ const Isa kIsas[] = {
 #undef X
 };
 
-/// Names are compared with any punctuation: x86-64-v3 and x86_64_v3 are the same.
-bool same_name(const char* a, const char* b) {
-  const auto letter = [](char c) { return c == '-' ? '_' : c; };
-  for (; *a && letter(*a) == letter(*b); ++a, ++b) {
-  }
-  return *a == *b;
-}
-
 const Isa& choose() {
-  const char* wanted = std::getenv("SPARSE_ATTN_ISA");
+  const char* variable = std::getenv("SPARSE_ATTN_ISA");
+  const std::string wanted = usual_name(variable ? variable : "");
   std::string names;
   for (const Isa& isa : kIsas) {
-    const bool usable = isa.supported();
-    if (usable && (!wanted || !*wanted || same_name(wanted, isa.name))) return isa;
-    if (usable) names += (names.empty() ? "" : ", ") + std::string(isa.name);
+    if (!isa.supported()) continue;
+    if (wanted.empty() || wanted == isa.name) return isa;
+    names += (names.empty() ? "" : ", ") + isa.name;
   }
-  if (wanted && *wanted) {
-    throw std::invalid_argument("expected SPARSE_ATTN_ISA to be one of " + names + ", got " +
-                                wanted);
+  if (names.empty()) {
+    throw std::invalid_argument("expected a CPU of at least " + std::end(kIsas)[-1].name);
   }
-  throw std::invalid_argument("expected a CPU of at least " +
-                              std::string(kIsas[std::size(kIsas) - 1].name));
+  throw std::invalid_argument("expected SPARSE_ATTN_ISA to be one of " + names + ", got " + wanted);
 }
 
 const Isa& chosen() {
@@ -94,16 +92,15 @@ const Kernels& kernels(DataType dtype) { return *chosen().by_type[static_cast<in
 
 const Kernels* kernels(const char* name, DataType dtype) {
   for (const Isa& isa : kIsas) {
-    if (same_name(name, isa.name))
-      return isa.supported() ? isa.by_type[static_cast<int>(dtype)] : nullptr;
+    if (isa.name == name && isa.supported()) return isa.by_type[static_cast<int>(dtype)];
   }
   return nullptr;
 }
 
-const char* isa_name() { return chosen().name; }
+const char* isa_name() { return chosen().name.c_str(); }
 
 const char* compiled_isa(int n) {
-  return n < static_cast<int>(std::size(kIsas)) ? kIsas[n].name : nullptr;
+  return n < static_cast<int>(std::size(kIsas)) ? kIsas[n].name.c_str() : nullptr;
 }
 
 }  // namespace sparse_attn::cpu

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.functional import attention
-from sparse_attn.patterns import Causal, GlobalQueries, Pattern, PerHead, Window
+from sparse_attn.patterns import Causal, GlobalKeys, GlobalQueries, Pattern, PerHead, Window
 
 
 class LongformerSelfAttention(nn.Module):
@@ -169,9 +169,12 @@ _PROJECTIONS = ("query", "key", "value", "query_global", "key_global", "value_gl
 
 
 def _window(attention_window: int, dilation, num_heads: int, causal: bool) -> Pattern:
-    def one(step: int) -> Window:
+    def one(step: int) -> Pattern:
         window = Window.from_longformer(attention_window, step)
-        return Window(window.left, 0, step) if causal else window
+        if causal:
+            return Window(window.left, 0, step)
+        # A window of the token alone counts as causal, and would make its global tokens causal too.
+        return window if window.left > 0 else window | GlobalKeys([])
 
     if isinstance(dilation, int):
         return one(dilation)

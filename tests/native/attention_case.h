@@ -1,0 +1,479 @@
+// One call of the kernels: random tensors in any layout, the run itself, and a naive reference in
+// double with a bound of its own on the rounding error of every element.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+#include "check.h"
+#include "cpu/kernels.h"
+#include "patterns/union.h"
+#include "plan/partition.h"
+#include "plan/plan.h"
+#include "random_patterns.h"
+#include "scalar_types.h"
+
+namespace attention {
+
+using namespace sparse_attn;
+
+inline std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
+
+inline std::size_t size_of(DataType type) {
+  return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
+}
+
+inline const HalfFormat& half_format(DataType type) {
+  return type == DataType::kFloat16 ? kFloat16Format : kBFloat16Format;
+}
+
+/// The type of sums and of the log-sum-exp.
+inline DataType real_type(DataType type) {
+  return type == DataType::kFloat64 ? type : DataType::kFloat32;
+}
+
+/// Numbers of one type; all bits set (a NaN) until written.
+class Numbers {
+ public:
+  Numbers() = default;
+  Numbers(DataType type, std::int64_t count)
+      : type_(type), bytes_(index(count) * size_of(type), '\xff') {}
+
+  double get(std::int64_t i) const {
+    const char* at = bytes_.data() + index(i) * size_of(type_);
+    switch (type_) {
+      case DataType::kFloat64:
+        return read<double>(at);
+      case DataType::kFloat32:
+        return static_cast<double>(read<float>(at));
+      default:
+        return half_to_double(read<std::uint16_t>(at), half_format(type_));
+    }
+  }
+  void set(std::int64_t i, double x) {
+    char* at = bytes_.data() + index(i) * size_of(type_);
+    switch (type_) {
+      case DataType::kFloat64:
+        return write(at, x);
+      case DataType::kFloat32:
+        return write(at, static_cast<float>(x));
+      default:
+        return write(at, double_to_half(x, half_format(type_)));
+    }
+  }
+  bool untouched(std::int64_t i) const {
+    const char* at = bytes_.data() + index(i) * size_of(type_);
+    for (std::size_t b = 0; b < size_of(type_); ++b) {
+      if (at[b] != '\xff') return false;
+    }
+    return true;
+  }
+  void* data() { return bytes_.data(); }
+  const std::vector<char>& bytes() const { return bytes_; }
+
+ private:
+  template <class T>
+  static T read(const char* at) {
+    T x;
+    std::memcpy(&x, at, sizeof(T));
+    return x;
+  }
+  template <class T>
+  static void write(char* at, T x) {
+    std::memcpy(at, &x, sizeof(T));
+  }
+
+  DataType type_ = DataType::kFloat32;
+  std::vector<char> bytes_;
+};
+
+enum class Layout { kHeadsFirst, kTokensFirst, kPaddedRows };
+
+/// A (batch, heads, length, size) tensor, with gaps between its rows in one of the layouts.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(DataType type, Layout layout, std::int64_t batch, std::int64_t heads, std::int64_t length,
+         std::int64_t size)
+      : batch_(batch), heads_(heads), length_(length), size_(size) {
+    const std::int64_t row = layout == Layout::kPaddedRows ? size + 3 : size;
+    const bool tokens_first = layout == Layout::kTokensFirst;
+    row_stride_ = tokens_first ? heads * row : row;
+    head_stride_ = tokens_first ? row : length * row;
+    batch_stride_ = heads * length * row;
+    numbers_ = Numbers(type, at(batch - 1, heads - 1, length - 1, size));
+  }
+
+  std::int64_t at(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t c) const {
+    return b * batch_stride_ + h * head_stride_ + i * row_stride_ + c;
+  }
+  double get(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t c) const {
+    return numbers_.get(at(b, h, i, c));
+  }
+  void set(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t c, double x) {
+    numbers_.set(at(b, h, i, c), x);
+  }
+  template <class Visit>
+  void for_each(Visit visit) const {
+    for (std::int64_t b = 0; b < batch_; ++b) {
+      for (std::int64_t h = 0; h < heads_; ++h) {
+        for (std::int64_t i = 0; i < length_; ++i) {
+          for (std::int64_t c = 0; c < size_; ++c) visit(b, h, i, c);
+        }
+      }
+    }
+  }
+  template <class Value>
+  void fill(Value value) {
+    for_each([&](auto b, auto h, auto i, auto c) { set(b, h, i, c, value()); });
+  }
+  /// Nothing was written between the rows.
+  bool gaps_untouched() const {
+    std::vector<char> element(numbers_.bytes().size());
+    for_each([&](auto b, auto h, auto i, auto c) { element[index(at(b, h, i, c))] = 1; });
+    const std::int64_t end = at(batch_ - 1, heads_ - 1, length_ - 1, size_);
+    for (std::int64_t i = 0; i < end; ++i) {
+      if (!element[index(i)] && !numbers_.untouched(i)) return false;
+    }
+    return true;
+  }
+  TensorView view() { return {numbers_.data(), batch_stride_, head_stride_, row_stride_}; }
+  const std::vector<char>& bytes() const { return numbers_.bytes(); }
+
+ private:
+  std::int64_t batch_ = 0, heads_ = 0, length_ = 0, size_ = 0;
+  std::int64_t batch_stride_ = 0, head_stride_ = 0, row_stride_ = 0;
+  Numbers numbers_;
+};
+
+/// Exactly the bytes that were asked for, all of them NaN, between red zones.
+class Workspace {
+ public:
+  explicit Workspace(std::int64_t size) : size_(index(size)), block_(size_ + 3 * kZone, '\xff') {
+    const auto address = reinterpret_cast<std::uintptr_t>(block_.data());
+    begin_ = block_.data() + kZone + (kZone - address % kZone) % kZone;
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_POISON_MEMORY_REGION(begin_ - kZone, kZone);
+    ASAN_POISON_MEMORY_REGION(begin_ + size_, kZone);
+#endif
+  }
+  ~Workspace() {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(block_.data(), block_.size());
+#endif
+    for (const char* zone : {begin_ - kZone, begin_ + size_}) {
+      CHECK(std::all_of(zone, zone + kZone, [](char c) { return c == '\xff'; }));
+    }
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() { return begin_; }
+
+ private:
+  static constexpr std::size_t kZone = 64;
+  std::size_t size_;
+  std::vector<char> block_;
+  char* begin_;
+};
+
+inline void run_threads(int threads, void (*body)(void*, int), void* context) {
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(body, context, t);
+  body(context, 0);
+  for (std::thread& thread : others) thread.join();
+}
+
+struct Shape {
+  std::int64_t batch = 1;
+  std::int64_t heads_kv = 1;
+  std::int64_t group = 1;  // query heads for each key head
+  Sizes sizes;
+  std::int64_t head_dim = 8;
+  std::int64_t value_dim = 8;
+  Layout layout = Layout::kHeadsFirst;
+
+  std::int64_t heads() const { return heads_kv * group; }
+};
+
+/// The inputs of forward and backward.
+struct Case {
+  DataType type;
+  Shape shape;
+  double scale;
+  std::vector<Expression> patterns;  // one, or one for each head
+  TileShape tile;
+  int chunks;
+  Tensor query, key, value, grad_output;
+  std::vector<std::uint8_t> padding;  // empty = none
+  Numbers grad_lse;                   // empty = none
+
+  Case(Random& random, DataType type_, Shape shape_, std::vector<Expression> patterns_,
+       TileShape tile_ = {}, int chunks_ = 1)
+      : type(type_),
+        shape(shape_),
+        scale(1.0 / std::sqrt(static_cast<double>(shape_.head_dim))),
+        patterns(std::move(patterns_)),
+        tile(tile_),
+        chunks(chunks_) {
+    const auto [n_q, n_k] = shape.sizes;
+    const auto tensor = [&](std::int64_t heads, std::int64_t length, std::int64_t size) {
+      Tensor made(type, shape.layout, shape.batch, heads, length, size);
+      made.fill([&] { return 2.0 * random.real(); });
+      return made;
+    };
+    query = tensor(shape.heads(), n_q, shape.head_dim);
+    key = tensor(shape.heads_kv, n_k, shape.head_dim);
+    value = tensor(shape.heads_kv, n_k, shape.value_dim);
+    grad_output = tensor(shape.heads(), n_q, shape.value_dim);
+    if (random.chance(40)) {
+      for (std::int64_t i = 0; i < shape.batch * n_k; ++i) padding.push_back(random.chance(30));
+    }
+    if (random.chance(50)) {
+      const std::int64_t count = shape.batch * shape.heads() * n_q;
+      grad_lse = Numbers(real_type(type), count);
+      for (std::int64_t i = 0; i < count; ++i) grad_lse.set(i, random.real());
+    }
+  }
+
+  const Expression& pattern(std::int64_t head) const {
+    return patterns[patterns.size() == 1 ? 0 : index(head)];
+  }
+  bool sees_key(const std::vector<char>& pairs, std::int64_t b, std::int64_t i,
+                std::int64_t j) const {
+    const bool padded = !padding.empty() && padding[index(b * shape.sizes.n_k + j)];
+    return pairs[index(i * shape.sizes.n_k + j)] && !padded;
+  }
+  std::int64_t lse_at(std::int64_t b, std::int64_t h, std::int64_t i) const {
+    return (b * shape.heads() + h) * shape.sizes.n_q + i;
+  }
+  std::string to_string() const {
+    return "type " + std::to_string(static_cast<int>(type)) + ", (" + std::to_string(shape.batch) +
+           ", " + std::to_string(shape.heads()) + "/" + std::to_string(shape.heads_kv) + ", " +
+           std::to_string(shape.head_dim) + "/" + std::to_string(shape.value_dim) + "), layout " +
+           std::to_string(static_cast<int>(shape.layout)) + ", " + std::to_string(chunks) +
+           " chunks in tiles of " + std::to_string(tile.rows) + " x " + std::to_string(tile.keys) +
+           (padding.empty() ? "" : ", padded") + ", pattern " +
+           ::to_string(patterns[0], shape.sizes);
+  }
+};
+
+struct Results {
+  Tensor output, grad_query, grad_key, grad_value;
+  Numbers lse;
+
+  explicit Results(const Case& c) {
+    const auto tensor = [&](std::int64_t heads, std::int64_t length, std::int64_t size) {
+      return Tensor(c.type, c.shape.layout, c.shape.batch, heads, length, size);
+    };
+    const auto [n_q, n_k] = c.shape.sizes;
+    output = tensor(c.shape.heads(), n_q, c.shape.value_dim);
+    grad_query = tensor(c.shape.heads(), n_q, c.shape.head_dim);
+    grad_key = tensor(c.shape.heads_kv, n_k, c.shape.head_dim);
+    grad_value = tensor(c.shape.heads_kv, n_k, c.shape.value_dim);
+    grad_key.fill([] { return 0.0; });
+    grad_value.fill([] { return 0.0; });
+    lse = Numbers(real_type(c.type), c.shape.batch * c.shape.heads() * n_q);
+  }
+  bool operator==(const Results& other) const {
+    return output.bytes() == other.output.bytes() && lse.bytes() == other.lse.bytes() &&
+           grad_query.bytes() == other.grad_query.bytes() &&
+           grad_key.bytes() == other.grad_key.bytes() &&
+           grad_value.bytes() == other.grad_value.bytes();
+  }
+};
+
+/// Plans of all heads, and the pointers to them that the kernels take.
+class Plans {
+ public:
+  Plans(const Case& c, Direction direction) {
+    std::vector<std::shared_ptr<const Schedule>> of_pattern;
+    for (const Expression& pattern : c.patterns) {
+      auto plan = std::make_shared<const Plan>(
+          build_plan(expand(pattern, c.shape.sizes), c.shape.sizes, c.tile));
+      of_pattern.push_back(std::make_shared<const Schedule>(std::move(plan), direction, c.chunks));
+    }
+    for (std::int64_t i = 0; i < c.shape.batch * c.shape.heads(); ++i) {
+      const std::int64_t head = i % c.shape.heads();
+      schedules_.push_back(of_pattern[c.patterns.size() == 1 ? 0 : index(head)]);
+      views_.push_back(&schedules_.back()->view());
+    }
+  }
+  const PlanView* const* views() const { return views_.data(); }
+
+ private:
+  std::vector<std::shared_ptr<const Schedule>> schedules_;
+  std::vector<const PlanView*> views_;
+};
+
+/// Forward, then backward on what forward gave.
+inline Results run(const cpu::Kernels& kernels, Case& c, int threads) {
+  Results results(c);
+  const Plans forward(c, Direction::kForward), backward(c, Direction::kBackward);
+  AttentionParams params;
+  params.dtype = c.type;
+  params.batch = c.shape.batch;
+  params.heads = c.shape.heads();
+  params.heads_kv = c.shape.heads_kv;
+  params.n_q = c.shape.sizes.n_q;
+  params.n_k = c.shape.sizes.n_k;
+  params.head_dim = c.shape.head_dim;
+  params.value_dim = c.shape.value_dim;
+  params.scale = c.scale;
+  params.query = c.query.view();
+  params.key = c.key.view();
+  params.value = c.value.view();
+  params.output = results.output.view();
+  params.lse = results.lse.data();
+  params.key_padding = c.padding.empty() ? nullptr : c.padding.data();
+  params.plans = forward.views();
+  const Parallel parallel{threads, run_threads};
+  {
+    Workspace workspace(kernels.forward_workspace(params, threads));
+    params.workspace = workspace.data();
+    kernels.forward(params, parallel);
+  }
+  params.plans = backward.views();
+  params.grad_output = c.grad_output.view();
+  params.grad_lse = c.grad_lse.bytes().empty() ? nullptr : c.grad_lse.data();
+  params.grad_query = results.grad_query.view();
+  params.grad_key = results.grad_key.view();
+  params.grad_value = results.grad_value.view();
+  Workspace workspace(kernels.backward_workspace(params, threads));
+  params.workspace = workspace.data();
+  kernels.backward(params, parallel);
+  return results;
+}
+
+/// A sum in double, and the sum of what its terms are large by: rounding errors are in proportion
+/// to the second.
+struct Sum {
+  double value = 0.0;
+  double size = 0.0;
+  void add(double x, double relative_error = 1.0) {
+    value += x;
+    size += std::fabs(x) * relative_error;
+  }
+  void add_sized(double x, double magnitude) {
+    value += x;
+    size += magnitude;
+  }
+};
+
+/// Whether `got` is `expected` up to some roundings of the arithmetic and one of the storage type.
+inline bool near(double got, const Sum& expected, DataType type) {
+  constexpr double kRoundings = 8.0;
+  const double unit = type == DataType::kFloat64 ? 0x1p-53 : 0x1p-24;
+  double bound = kRoundings * unit * expected.size;
+  if (size_of(type) == 2) bound += 0.5 * half_format(type).unit(std::fabs(expected.value) + bound);
+  return std::fabs(got - expected.value) <= bound;
+}
+
+inline Sum dot(const Tensor& a, const Tensor& b, std::int64_t batch, std::int64_t head_a,
+               std::int64_t i, std::int64_t head_b, std::int64_t j, std::int64_t size) {
+  Sum sum;
+  for (std::int64_t c = 0; c < size; ++c)
+    sum.add(a.get(batch, head_a, i, c) * b.get(batch, head_b, j, c));
+  return sum;
+}
+
+/// The definition of forward, a row at a time.
+inline void check_forward(const Case& c, const Results& results) {
+  const Shape& s = c.shape;
+  const auto [n_q, n_k] = s.sizes;
+  for (std::int64_t h = 0; h < s.heads(); ++h) {
+    const std::vector<char> pairs = dense(c.pattern(h), s.sizes);
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      for (std::int64_t i = 0; i < n_q; ++i) {
+        std::vector<std::int64_t> keys;
+        std::vector<double> logits;
+        double top = -static_cast<double>(INFINITY), error = 1.0, total = 0.0;
+        for (std::int64_t j = 0; j < n_k; ++j) {
+          if (!c.sees_key(pairs, b, i, j)) continue;
+          const Sum logit = dot(c.query, c.key, b, h, i, h / s.group, j, s.head_dim);
+          keys.push_back(j);
+          logits.push_back(c.scale * logit.value);
+          top = std::max(top, logits.back());
+          error = std::max(error, 1.0 + 2.0 * std::fabs(c.scale) * logit.size);
+        }
+        for (const double logit : logits) total += std::exp(logit - top);
+        const double lse = results.lse.get(c.lse_at(b, h, i));
+        if (keys.empty()) {
+          CHECK_EQUAL(lse, -static_cast<double>(INFINITY));
+        } else {
+          const double expected = top + std::log(total);
+          CHECK(near(lse, {expected, error + std::fabs(expected)}, real_type(c.type)));
+        }
+        for (std::int64_t v = 0; v < s.value_dim; ++v) {
+          Sum expected;
+          for (std::size_t k = 0; k < keys.size(); ++k) {
+            expected.add(
+                std::exp(logits[k] - top) / total * c.value.get(b, h / s.group, keys[k], v), error);
+          }
+          const double got = results.output.get(b, h, i, v);
+          if (keys.empty()) CHECK_EQUAL(got, 0.0);
+          CHECK(near(got, expected, c.type));
+        }
+      }
+    }
+  }
+}
+
+/// The definition of backward for the output and log-sum-exp that forward gave.
+inline void check_backward(const Case& c, const Results& results) {
+  const Shape& s = c.shape;
+  const auto [n_q, n_k] = s.sizes;
+  for (std::int64_t b = 0; b < s.batch; ++b) {
+    for (std::int64_t kv = 0; kv < s.heads_kv; ++kv) {
+      std::vector<Sum> grad_key(index(n_k * s.head_dim)), grad_value(index(n_k * s.value_dim));
+      for (std::int64_t h = kv * s.group; h < (kv + 1) * s.group; ++h) {
+        const std::vector<char> pairs = dense(c.pattern(h), s.sizes);
+        for (std::int64_t i = 0; i < n_q; ++i) {
+          const double lse = results.lse.get(c.lse_at(b, h, i));
+          Sum delta = dot(c.grad_output, results.output, b, h, i, h, i, s.value_dim);
+          if (!c.grad_lse.bytes().empty()) delta.add(-c.grad_lse.get(c.lse_at(b, h, i)));
+          std::vector<Sum> grad_query(index(s.head_dim));
+          for (std::int64_t j = 0; j < n_k; ++j) {
+            if (!c.sees_key(pairs, b, i, j)) continue;
+            const Sum logit = dot(c.query, c.key, b, h, i, kv, j, s.head_dim);
+            const double p = std::exp(c.scale * logit.value - lse);
+            const double error = 1.0 + 2.0 * (std::fabs(c.scale) * logit.size + std::fabs(lse));
+            const Sum dp = dot(c.grad_output, c.value, b, h, i, kv, j, s.value_dim);
+            const double ds = p * (dp.value - delta.value) * c.scale;
+            const double ds_size = p * (dp.size + delta.size) * std::fabs(c.scale) * error;
+            for (std::int64_t d = 0; d < s.head_dim; ++d) {
+              const double q = c.query.get(b, h, i, d), k = c.key.get(b, kv, j, d);
+              grad_query[index(d)].add_sized(ds * k, ds_size * std::fabs(k));
+              grad_key[index(j * s.head_dim + d)].add_sized(ds * q, ds_size * std::fabs(q));
+            }
+            for (std::int64_t v = 0; v < s.value_dim; ++v) {
+              grad_value[index(j * s.value_dim + v)].add(p * c.grad_output.get(b, h, i, v), error);
+            }
+          }
+          for (std::int64_t d = 0; d < s.head_dim; ++d)
+            CHECK(near(results.grad_query.get(b, h, i, d), grad_query[index(d)], c.type));
+        }
+      }
+      for (std::int64_t j = 0; j < n_k; ++j) {
+        for (std::int64_t d = 0; d < s.head_dim; ++d) {
+          CHECK(
+              near(results.grad_key.get(b, kv, j, d), grad_key[index(j * s.head_dim + d)], c.type));
+        }
+        for (std::int64_t v = 0; v < s.value_dim; ++v) {
+          CHECK(near(results.grad_value.get(b, kv, j, v), grad_value[index(j * s.value_dim + v)],
+                     c.type));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace attention

@@ -1,0 +1,510 @@
+// Plans against the dense definition, their cut into chunks, their growth, and the cache.
+#include <memory>
+#include <thread>
+#include <tuple>
+
+#include "check.h"
+#include "patterns/union.h"
+#include "plan/cache.h"
+#include "plan/partition.h"
+#include "plan/plan.h"
+#include "random_patterns.h"
+
+namespace {
+
+using namespace sparse_attn;
+
+const std::vector<TileShape> kTileShapes{{64, 64}, {64, 64}, {32, 32}, {16, 64}, {64, 16},
+                                         {7, 13},  {8, 8},   {1, 64},  {64, 1},  {5, 3}};
+
+template <class T>
+std::size_t index(T i) {
+  return static_cast<std::size_t>(i);
+}
+
+// ---- one plan against the dense definition
+// -------------------------------------------------------
+
+/// The key tiles of a pass: first a partition of all keys, then tiles of listed keys.
+void check_key_tiles(const Plan& plan, const Pass& pass) {
+  std::vector<int> seen(index(plan.sizes.n_k));
+  CHECK(pass.affine_key_tiles <= static_cast<std::int64_t>(pass.key_tiles.size()));
+  for (std::size_t t = 0; t < pass.key_tiles.size(); ++t) {
+    const Tile& tile = pass.key_tiles[t];
+    const bool affine = static_cast<std::int64_t>(t) < pass.affine_key_tiles;
+    CHECK_EQUAL(tile.list < 0, affine);
+    CHECK(1 <= tile.count && tile.count <= plan.tile.keys);
+    std::int64_t last = -1;
+    for (int i = 0; i < tile.count; ++i) {
+      const std::int64_t key = token(tile, plan.token_list.data(), i);
+      CHECK(last < key && key < plan.sizes.n_k);
+      last = key;
+      seen[index(key)] += affine;
+    }
+  }
+  CHECK(std::all_of(seen.begin(), seen.end(), [](int times) { return times == 1; }));
+}
+
+std::uint64_t low_bits(std::int64_t n) { return n == 0 ? 0 : ~std::uint64_t{0} >> (64 - n); }
+
+/// Adds what a row tile visits to `covered` (query, key), for the rows that it owns. Returns the
+/// pairs in the tiles visited.
+std::int64_t walk(const Plan& plan, const Pass& pass, const RowTile& row,
+                  std::vector<int>& covered) {
+  std::int64_t visited = 0;
+  std::vector<std::int32_t> tiles;
+  for (std::uint32_t r = row.first_run; r < row.end_run; ++r) {
+    const Run& run = pass.runs[r];
+    CHECK(run.count >= 1);
+    CHECK(run.mask == kFull || run.count == 1);
+    CHECK(run.mask >= kFull && run.mask < static_cast<std::int32_t>(plan.masks.size()));
+  }
+  const Run* runs = pass.runs.data();
+  for_each_visit(runs + row.first_run, runs + row.end_run, [&](std::int32_t t, std::int32_t id) {
+    tiles.push_back(t);
+    const Tile& keys = pass.key_tiles[index(t)];
+    visited += std::int64_t{row.rows.count} * keys.count;
+    for (int k = 0; k < kMaxTile; ++k) {
+      std::uint64_t bits = id == kFull ? low_bits(row.rows.count) : plan.masks[index(id)][index(k)];
+      CHECK_EQUAL(bits & ~low_bits(row.rows.count), 0u);
+      if (k >= keys.count) {
+        if (id != kFull) CHECK_EQUAL(bits, 0u);
+        continue;
+      }
+      const std::int64_t key = token(keys, plan.token_list.data(), k);
+      for (bits &= row.owned; bits != 0; bits &= bits - 1) {
+        const std::int64_t query = token(row.rows, plan.token_list.data(), __builtin_ctzll(bits));
+        ++covered[index(query * plan.sizes.n_k + key)];
+      }
+    }
+  });
+  std::sort(tiles.begin(), tiles.end());
+  CHECK(std::adjacent_find(tiles.begin(), tiles.end()) == tiles.end());
+  return visited;
+}
+
+void check_plan(const Expression& expression, Sizes sizes, TileShape tile) {
+  const Plan plan = build_plan(expand(expression, sizes), sizes, tile);
+  std::vector<int> covered(index(sizes.n_q * sizes.n_k));
+  std::int64_t visited = 0;
+  CHECK(!plan.passes.empty());
+  for (const Pass& pass : plan.passes) {
+    const bool first = &pass == &plan.passes.front();
+    check_key_tiles(plan, pass);
+    std::vector<int> owners(index(sizes.n_q));
+    std::uint32_t runs = 0;
+    for (const RowTile& row : pass.row_tiles) {
+      CHECK_EQUAL(row.first_run, runs);
+      CHECK(row.first_run <= row.end_run);
+      runs = row.end_run;
+      CHECK(1 <= row.rows.count && row.rows.count <= tile.rows);
+      CHECK(row.owned != 0 && (row.owned & ~low_bits(row.rows.count)) == 0);
+      for (int i = 0; i < row.rows.count; ++i) {
+        const std::int64_t query = token(row.rows, plan.token_list.data(), i);
+        CHECK(0 <= query && query < sizes.n_q);
+        owners[index(query)] += static_cast<int>(row.owned >> i & 1);
+      }
+      visited += walk(plan, pass, row, covered);
+    }
+    CHECK_EQUAL(runs, pass.runs.size());
+    for (const int times : owners) CHECK(first ? times == 1 : times <= 1);
+  }
+  const std::vector<char> expected = dense(expression, sizes);
+  std::int64_t pairs = 0;
+  for (std::size_t p = 0; p < expected.size(); ++p) {
+    pairs += expected[p];
+    CHECK_EQUAL(covered[p], static_cast<int>(expected[p]));
+  }
+  CHECK_EQUAL(plan.pairs, pairs);
+  CHECK_EQUAL(plan.visited, visited);
+  CHECK(plan.bytes() > 0);
+  CHECK(plan.to_string().find(std::to_string(pairs) + " pairs") != std::string::npos);
+}
+
+void test_random_plans() {
+  Random random(1);
+  for (int i = 0; i < 900; ++i) {
+    const Sizes sizes = random_sizes(random, i % 8 == 0 ? 300 : i % 2 == 0 ? 90 : 20);
+    const Expression expression = random.chance(4) ? random_large_product(random, sizes.n_k)
+                                                   : random_expression(random, sizes.n_k);
+    const TileShape tile = random.pick(kTileShapes);
+    check::context = to_string(expression, sizes) + " in tiles of " + std::to_string(tile.rows) +
+                     " x " + std::to_string(tile.keys);
+    check_plan(expression, sizes, tile);
+  }
+  check::context.clear();
+}
+
+/// Those that users write, at lengths around the tile's.
+void test_usual_plans() {
+  const std::vector<Expression> expressions{
+      full(),
+      causal(),
+      window(0, 0),
+      window(20, 20),
+      window(20, 0),
+      window(5, 5, 2),
+      window(5, 3, 70),
+      window(kUnbounded, 0, 3),
+      global_keys({0, 2}),
+      global_queries({0, 1}),
+      any_of({window(9, 9, 2), global_queries({0, 1})}),
+      any_of({window(9, 9), global_keys({-1, 0, 0, 1}), global_queries({-1, 0, 0, 1})}),
+      all_of({any_of({window(9, 0), global_keys({0, 1}), global_queries({0, 1})}), causal()}),
+      any_of({window(9, 0), window(0, 9)}),
+      any_of({window(4, 4), window(4, 4, 3), window(4, 4, 9)}),
+      any_of({all_of({global_keys({0, 1}), causal()}), global_keys({-1, 0})}),
+  };
+  for (const std::int64_t n : {1, 2, 63, 64, 65, 129}) {
+    for (const Sizes sizes : {Sizes{n, n}, Sizes{n, n + 70}, Sizes{n + 70, n}}) {
+      for (const Expression& expression : expressions) {
+        if (keys_needed(most_demanding_token(expression)) > sizes.n_k) continue;
+        check::context = to_string(expression, sizes);
+        check_plan(expression, sizes, {});
+      }
+    }
+  }
+  check::context.clear();
+}
+
+// ---- chunks
+// --------------------------------------------------------------------------------------
+
+/// (row tile, key tile, mask).
+using Visit = std::tuple<std::int32_t, std::int32_t, std::int32_t>;
+
+/// The slots of consecutive reductions are [0, count), in order.
+void check_reductions(const Array<Reduction>& reductions, std::int32_t count) {
+  std::int32_t slot = 0;
+  std::vector<std::int32_t> tiles;
+  for (const Reduction& reduction : reductions) {
+    CHECK_EQUAL(reduction.first_slot, slot);
+    CHECK(reduction.first_slot < reduction.end_slot);
+    slot = reduction.end_slot;
+    tiles.push_back(reduction.tile);
+  }
+  CHECK_EQUAL(slot, count);
+  std::sort(tiles.begin(), tiles.end());
+  CHECK(std::adjacent_find(tiles.begin(), tiles.end()) == tiles.end());
+}
+
+/// The tile that each slot is reduced into.
+std::vector<std::int32_t> tile_of_slots(const Array<Reduction>& reductions, std::int32_t count) {
+  std::vector<std::int32_t> tiles(index(count), -1);
+  for (const Reduction& reduction : reductions) {
+    for (std::int32_t s = reduction.first_slot; s < reduction.end_slot; ++s)
+      tiles[index(s)] = reduction.tile;
+  }
+  return tiles;
+}
+
+/// The segments are the pass, no more and no less; a row tile is either one segment, or several
+/// with a slot each.
+void check_segments(const Pass& pass, const PassView& view) {
+  std::vector<Visit> expected, got;
+  for (std::size_t r = 0; r < pass.row_tiles.size(); ++r) {
+    const RowTile& row = pass.row_tiles[r];
+    for_each_visit(pass.runs.data() + row.first_run, pass.runs.data() + row.end_run,
+                   [&](std::int32_t key_tile, std::int32_t mask) {
+                     expected.emplace_back(r, key_tile, mask);
+                   });
+  }
+  std::vector<int> whole(pass.row_tiles.size()), slots(index(view.row_slots));
+  std::vector<std::int32_t> last_slot(pass.row_tiles.size(), -1);
+  const auto tile_of_slot = tile_of_slots(view.row_reductions, view.row_slots);
+  for (const Segment& segment : view.segments) {
+    if (segment.slot < 0) {
+      ++whole[index(segment.row_tile)];
+    } else {
+      CHECK(segment.slot > last_slot[index(segment.row_tile)]);  // keys stay in order
+      last_slot[index(segment.row_tile)] = segment.slot;
+      ++slots[index(segment.slot)];
+      CHECK_EQUAL(tile_of_slot[index(segment.slot)], segment.row_tile);
+    }
+    for_each_visit(view.runs.data + segment.first_run, view.runs.data + segment.end_run,
+                   [&](std::int32_t key_tile, std::int32_t mask) {
+                     got.emplace_back(segment.row_tile, key_tile, mask);
+                   });
+  }
+  for (const int times : slots) CHECK_EQUAL(times, 1);
+  for (std::size_t r = 0; r < whole.size(); ++r) CHECK_EQUAL(whole[r], last_slot[r] < 0 ? 1 : 0);
+  std::sort(expected.begin(), expected.end());
+  std::sort(got.begin(), got.end());
+  CHECK(got == expected);
+}
+
+/// Backward: no two chunks add to the same rows of the key gradients.
+void check_shared_tiles(const Pass& pass, const PassView& view) {
+  const auto tile_of_slot = tile_of_slots(view.key_reductions, view.key_slots);
+  std::vector<int> direct(pass.key_tiles.size()), slots(index(view.key_slots));
+  std::uint32_t shared = 0;
+  for (const Chunk& chunk : view.chunks) {
+    CHECK_EQUAL(chunk.first_shared, shared);
+    shared = chunk.end_shared;
+    std::vector<char> touched(pass.key_tiles.size()), has_slot(pass.key_tiles.size());
+    for (std::uint32_t s = chunk.first_segment; s < chunk.end_segment; ++s) {
+      const Segment& segment = view.segments[s];
+      for_each_visit(view.runs.data + segment.first_run, view.runs.data + segment.end_run,
+                     [&](std::int32_t tile, std::int32_t) { touched[index(tile)] = 1; });
+    }
+    for (std::uint32_t i = chunk.first_shared; i < chunk.end_shared; ++i) {
+      const SharedTile& tile = view.shared_tiles[i];
+      CHECK(touched[index(tile.key_tile)]);
+      CHECK(!has_slot[index(tile.key_tile)]);
+      has_slot[index(tile.key_tile)] = 1;
+      ++slots[index(tile.slot)];
+      CHECK_EQUAL(tile_of_slot[index(tile.slot)], tile.key_tile);
+    }
+    for (std::size_t t = 0; t < touched.size(); ++t) {
+      if (!touched[t] || has_slot[t]) continue;
+      ++direct[t];
+      const bool gathered = static_cast<std::int64_t>(t) >= pass.affine_key_tiles;
+      CHECK(!gathered || view.chunks.size == 1);
+    }
+  }
+  CHECK_EQUAL(shared, view.shared_tiles.size);
+  for (const int times : direct) CHECK(times <= 1);
+  for (const int times : slots) CHECK_EQUAL(times, 1);
+}
+
+/// How many slots the schedule has in all.
+std::int64_t check_schedule(const std::shared_ptr<const Plan>& plan, Direction direction,
+                            int chunks) {
+  const Schedule schedule(plan, direction, chunks);
+  CHECK(&schedule.plan() == plan.get());
+  const PlanView& view = schedule.view();
+  CHECK_EQUAL(index(view.passes.size), plan->passes.size());
+  CHECK(view.token_list == plan->token_list.data());
+  std::int64_t slots = 0;
+  for (std::size_t p = 0; p < plan->passes.size(); ++p) {
+    const Pass& pass = plan->passes[p];
+    const PassView& pass_view = view.passes[static_cast<std::int64_t>(p)];
+    CHECK(pass_view.row_tiles.data == pass.row_tiles.data());
+    CHECK(pass_view.key_tiles.data == pass.key_tiles.data());
+    CHECK(1 <= pass_view.chunks.size && pass_view.chunks.size <= chunks);
+    std::uint32_t segment = 0;
+    for (const Chunk& chunk : pass_view.chunks) {
+      CHECK_EQUAL(chunk.first_segment, segment);
+      CHECK(chunk.first_segment <= chunk.end_segment);
+      segment = chunk.end_segment;
+    }
+    CHECK_EQUAL(segment, pass_view.segments.size);
+    check_segments(pass, pass_view);
+    check_reductions(pass_view.row_reductions, pass_view.row_slots);
+    check_reductions(pass_view.key_reductions, pass_view.key_slots);
+    if (direction == Direction::kBackward) check_shared_tiles(pass, pass_view);
+    if (direction == Direction::kForward) CHECK_EQUAL(pass_view.shared_tiles.size, 0);
+    // Slots need no more memory than the tensors that they add up to.
+    CHECK(pass_view.key_slots <= pass.affine_key_tiles);
+    CHECK(pass_view.row_slots <= std::max<std::int64_t>(pass_view.row_tiles.size, 64));
+    slots += pass_view.row_slots + pass_view.key_slots;
+  }
+  return slots;
+}
+
+void test_schedules() {
+  Random random(2);
+  std::int64_t slots = 0;
+  for (int i = 0; i < 250; ++i) {
+    const Sizes sizes = random_sizes(random, i % 4 == 0 ? 300 : 80);
+    const Expression expression =
+        i % 5 == 0 ? any_of({window(9, 9), global_keys({0, 1}), global_queries({0, 1})})
+                   : random_expression(random, sizes.n_k);
+    const TileShape tile = random.pick(kTileShapes);
+    check::context = to_string(expression, sizes) + " in tiles of " + std::to_string(tile.rows) +
+                     " x " + std::to_string(tile.keys);
+    const auto plan =
+        std::make_shared<const Plan>(build_plan(expand(expression, sizes), sizes, tile));
+    for (int chunks = 1; chunks <= 9; ++chunks) {
+      slots += check_schedule(plan, Direction::kForward, chunks);
+      slots += check_schedule(plan, Direction::kBackward, chunks);
+    }
+  }
+  check::context.clear();
+  CHECK(slots > 1000);
+}
+
+/// A head of its own is cut into many shares, and each share gets about as much.
+void test_shares_are_even() {
+  const Sizes sizes{8192, 8192};
+  const auto plan = std::make_shared<const Plan>(build_plan(
+      expand(any_of({window(256, 256), global_keys({0, 2}), global_queries({0, 2})}), sizes),
+      sizes));
+  CHECK_EQUAL(chunk_count(*plan, 32), 1);
+  CHECK_EQUAL(chunk_count(*plan, 1000000), 1);
+  const int chunks = chunk_count(*plan, 1);
+  CHECK(chunks >= 16);
+  for (const Direction direction : {Direction::kForward, Direction::kBackward}) {
+    const Schedule schedule(plan, direction, chunks);
+    const PassView& pass = schedule.view().passes[0];
+    // Slots for the key tiles that two chunks touch limit the backward direction.
+    CHECK(pass.chunks.size >= (direction == Direction::kForward ? chunks : 8));
+    std::int64_t most = 0, total = 0;
+    for (const Chunk& chunk : pass.chunks) {
+      std::int64_t visits = 0;
+      for (std::uint32_t s = chunk.first_segment; s < chunk.end_segment; ++s) {
+        for_each_visit(pass.runs.data + pass.segments[s].first_run,
+                       pass.runs.data + pass.segments[s].end_run,
+                       [&](std::int32_t, std::int32_t) { ++visits; });
+      }
+      most = std::max(most, visits);
+      total += visits;
+    }
+    CHECK(most * pass.chunks.size <= total * 3 / 2);
+  }
+}
+
+// ---- growth
+// --------------------------------------------------------------------------------------
+
+/// Memory and work grow with the length, not with its square.
+void test_growth_is_linear() {
+  const std::vector<Expression> expressions{
+      window(256, 256),
+      window(256, 0, 4),
+      window(30, 30, 8),
+      any_of({window(64, 64), window(64, 64, 8)}),
+      any_of({window(256, 256), global_keys({0, 16}), global_queries({0, 16})}),
+      all_of({any_of({window(256, 0), global_keys({0, 1}), global_queries({0, 1})}), causal()}),
+      any_of({all_of({global_keys({0, 1}), causal()}), window(7, 0, 3), global_keys({-1, 0})}),
+  };
+  for (const Expression& expression : expressions) {
+    const auto plan_for = [&](std::int64_t n) {
+      return std::make_shared<const Plan>(build_plan(expand(expression, {n, n}), {n, n}));
+    };
+    const std::int64_t n = 8192, factor = 8;
+    const auto small = plan_for(n), large = plan_for(factor * n);
+    check::context = to_string(expression, {n, n});
+    CHECK(large->visited <= small->visited * factor * 11 / 10);
+    CHECK(large->bytes() <= small->bytes() * factor * 11 / 10);
+    CHECK(large->bytes() <= 64 * factor * n);  // head size 16 in float32 needs as much
+  }
+  check::context.clear();
+}
+
+/// Tiles in the right order do little more than is needed.
+void test_overhead() {
+  const std::int64_t n = 4096;
+  const auto overhead = [&](const Expression& expression) {
+    const Plan plan = build_plan(expand(expression, {n, n}), {n, n});
+    return static_cast<double>(plan.visited) / static_cast<double>(plan.pairs);
+  };
+  CHECK(overhead(full()) == 1.0);
+  CHECK(overhead(causal()) < 1.02);
+  CHECK(overhead(window(256, 256)) < 1.13);
+  CHECK(overhead(window(256, 256, 4)) < 1.13);
+  CHECK(overhead(any_of({window(256, 256), global_keys({0, 64}), global_queries({0, 64})})) < 1.2);
+}
+
+// ---- the cache
+// -----------------------------------------------------------------------------------
+
+void test_cache() {
+  clear_plan_cache();
+  CHECK_EQUAL(plan_cache_size(), 0);
+  const Sizes sizes{10, 10};
+  const auto plan = cached_plan(window(1, 1), sizes);
+  CHECK(cached_plan(window(1, 1), sizes) == plan);
+  CHECK(cached_plan(window(1, 2), sizes) != plan);
+  CHECK(cached_plan(window(1, 1), {10, 11}) != plan);
+  CHECK(cached_plan(window(1, 1), {11, 10}) != plan);
+  CHECK_EQUAL(plan_cache_size(), 4);
+  CHECK_THROWS(cached_plan(global_keys({0, 11}), sizes), std::invalid_argument);
+  CHECK_EQUAL(plan_cache_size(), 4);
+
+  const auto schedule = cached_schedule(window(1, 1), sizes, Direction::kForward, 8);
+  CHECK(&schedule->plan() == plan.get());
+  CHECK(cached_schedule(window(1, 1), sizes, Direction::kForward, 8) == schedule);
+  CHECK(cached_schedule(window(1, 1), sizes, Direction::kBackward, 8) != schedule);
+  CHECK(cached_schedule(window(1, 1), sizes, Direction::kForward, 8, 3) != schedule);
+  CHECK_EQUAL(plan_cache_size(), 4);
+
+  clear_plan_cache();
+  CHECK_EQUAL(plan_cache_size(), 0);
+  CHECK_EQUAL(plan->pairs, 28);  // whoever holds a plan keeps it
+  CHECK(cached_plan(window(1, 1), sizes) != plan);
+}
+
+void test_cache_is_bounded() {
+  clear_plan_cache();
+  std::vector<std::weak_ptr<const Plan>> plans;
+  const auto ask = [](std::int64_t left) { return cached_plan(window(left, 1), {4, 4}); };
+  const std::int64_t many = 2000;
+  const auto kept = ask(many);
+  for (std::int64_t left = 0; left < many; ++left) {
+    plans.push_back(ask(left));
+    CHECK(ask(many) == kept);  // used again and again, so never the oldest
+  }
+  const std::int64_t capacity = plan_cache_size();
+  CHECK(16 <= capacity && capacity <= 1024);
+  const auto alive =
+      std::count_if(plans.begin(), plans.end(), [](const auto& plan) { return !plan.expired(); });
+  CHECK_EQUAL(alive, capacity - 1);
+  for (std::int64_t left = 0; left < many; ++left) {
+    CHECK_EQUAL(plans[index(left)].expired(), left < many - (capacity - 1));  // the oldest went
+  }
+  clear_plan_cache();
+}
+
+/// Large plans leave before there are many of them: together they stay below 128 MiB.
+void test_cache_is_bounded_in_bytes() {
+  clear_plan_cache();
+  const std::int64_t n = std::int64_t{1} << 19;
+  std::int64_t bytes = 0;
+  for (std::int64_t i = 0; i < 10; ++i) {
+    bytes += cached_plan(window(1, 1, n / 2 + i), {n, n})->bytes();
+    if (plan_cache_size() <= i) {
+      CHECK(bytes > std::int64_t{128} << 20);
+      break;
+    }
+    CHECK(bytes <= std::int64_t{128} << 20);
+  }
+  CHECK(plan_cache_size() < 10);
+  clear_plan_cache();
+}
+
+void test_cache_from_several_threads() {
+  clear_plan_cache();
+  constexpr int kThreads = 4, kPatterns = 40, kRounds = 50;
+  std::vector<std::vector<std::shared_ptr<const Schedule>>> found(
+      kThreads, std::vector<std::shared_ptr<const Schedule>>(kPatterns));
+  std::vector<int> wrong(kThreads);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      Random random(static_cast<std::uint64_t>(t));
+      for (int i = 0; i < kRounds * kPatterns; ++i) {
+        const std::int64_t w = i < kPatterns ? i : random.between(0, kPatterns - 1);
+        const auto schedule = cached_schedule(window(w, 0), {50, 50}, Direction::kForward, 1);
+        auto& mine = found[index(t)][index(w)];
+        if (mine && mine != schedule) ++wrong[index(t)];
+        mine = schedule;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const int count : wrong) CHECK_EQUAL(count, 0);
+  CHECK_EQUAL(plan_cache_size(), kPatterns);
+  for (int w = 0; w < kPatterns; ++w) {
+    const Plan& plan = found[0][index(w)]->plan();
+    CHECK_EQUAL(plan.pairs, (w + 1) * 50 - w * (w + 1) / 2);
+    for (const auto& of_thread : found) CHECK(of_thread[index(w)] == found[0][index(w)]);
+  }
+  clear_plan_cache();
+}
+
+}  // namespace
+
+int main() {
+  test_usual_plans();
+  test_random_plans();
+  test_schedules();
+  test_shares_are_even();
+  test_growth_is_linear();
+  test_overhead();
+  test_cache();
+  test_cache_is_bounded();
+  test_cache_is_bounded_in_bytes();
+  test_cache_from_several_threads();
+  return check::report();
+}

@@ -1,0 +1,273 @@
+// The vector code itself, for the instruction set that this file is compiled for: exp2, the half
+// types, transposition, products.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "cpu/gemm.h"
+#include "cpu/softmax.h"
+#include "cpu/tile.h"
+#include "random_patterns.h"
+#include "scalar_types.h"
+
+namespace {
+
+template <class T>
+T exp2_of(T x) {
+  T lanes[kLanes<T>];
+  store(lanes, exp2<T>(broadcast(x)));
+  for (const T lane : lanes) CHECK(std::memcmp(&lane, lanes, sizeof(T)) == 0);
+  return lanes[0];
+}
+
+/// Distance from 2^x in units of the last place.
+template <class T>
+double exp2_error(T x) {
+  const double exact = std::exp2(static_cast<double>(x));
+  const double unit = std::ldexp(1.0, std::ilogb(exact) - Exp2<T>::kMantissa);
+  return std::fabs(static_cast<double>(exp2_of(x)) - exact) / unit;
+}
+
+template <class T>
+void test_exp2(const T (&nans)[4], double most_units) {
+  Random random(1);
+  const double least = Exp2<T>::kLeast;
+  double worst = 0.0;
+  for (int i = 0; i < 60000; ++i) {
+    const double range = i % 3 == 0 ? 1.0 : i % 3 == 1 ? 30.0 : -least;
+    worst = std::max(worst, exp2_error(static_cast<T>(random.real() * range)));
+  }
+  for (int n = static_cast<int>(least); n <= 127; ++n) {
+    CHECK_EQUAL(exp2_of(static_cast<T>(n)), static_cast<T>(std::ldexp(1.0, n)));
+    for (const T half : {T(0.5), T(-0.5)}) {
+      const T x = static_cast<T>(n) + half;
+      for (const T near : {x, std::nextafter(x, T(0)), std::nextafter(x, T(200))}) {
+        if (static_cast<double>(near) >= least && near <= 127)
+          worst = std::max(worst, exp2_error(near));
+      }
+    }
+  }
+  if (worst > most_units) std::cerr << "exp2 is wrong by " << worst << " units\n";
+  CHECK(worst <= most_units);
+  CHECK_EQUAL(exp2_of(T(-0.0)), T(1));
+  for (const double small :
+       {least - 1e-3, least - 1.0, 2 * least, -1e30, -static_cast<double>(INFINITY)}) {
+    CHECK_EQUAL(exp2_of(static_cast<T>(small)), T(0));  // below the normal numbers
+  }
+  CHECK_EQUAL(exp2_of(-std::numeric_limits<T>::max()), T(0));
+  for (const T nan : nans) CHECK(std::isnan(exp2_of(nan)));
+}
+
+template <class S>
+void test_load_half(const HalfFormat& format) {
+  constexpr int kStep = kLanes<float>;
+  for (std::uint32_t first = 0; first < 0x10000; first += kStep) {
+    S from[kStep + 1];  // at an address that is no multiple of a vector
+    for (int i = 0; i < kStep; ++i) from[i + 1].bits = static_cast<uint16_t>(first + i);
+    float got[kStep];
+    store(got, load_real(from + 1));
+    for (int i = 0; i < kStep; ++i) {
+      const double expected = half_to_double(from[i + 1].bits, format);
+      check::context = "half " + std::to_string(from[i + 1].bits);
+      CHECK(std::isnan(expected) ? std::isnan(got[i]) : got[i] == expected);
+      CHECK_EQUAL(std::signbit(got[i]), (from[i + 1].bits & 0x8000) != 0);
+    }
+  }
+  check::context.clear();
+}
+
+template <class S>
+void check_store_half(const std::vector<float>& values, const HalfFormat& format) {
+  constexpr int kStep = kLanes<float>;
+  for (std::size_t first = 0; first + kStep <= values.size(); first += kStep) {
+    S to[kStep + 1];
+    store_real(to + 1, load(values.data() + first));
+    for (int i = 0; i < kStep; ++i) {
+      const float value = values[first + static_cast<std::size_t>(i)];
+      const uint16_t expected = double_to_half(static_cast<double>(value), format);
+      const uint16_t got = to[i + 1].bits;
+      if (std::isnan(value)) {
+        CHECK((got & 0x7fff) > format.infinity());
+        CHECK((got & 1 << (format.mantissa_bits - 1)) != 0);  // quiet
+        CHECK_EQUAL(got & 0x8000, expected & 0x8000);
+      } else {
+        if (got != expected) check::context = "float " + std::to_string(value);
+        CHECK_EQUAL(got, expected);
+      }
+    }
+  }
+  check::context.clear();
+}
+
+template <class S>
+void test_store_half(const HalfFormat& format) {
+  std::vector<float> values;
+  // Every half, the middle to the next one, and the floats beside both.
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const auto half = static_cast<uint16_t>(bits);
+    const double x = half_to_double(half, format);
+    const double next = half_to_double(static_cast<uint16_t>(half + 1), format);
+    const double above = (half & 0x7fff) + 1 == format.infinity()  // beyond the largest half
+                             ? x + std::copysign(format.unit(x), x)
+                             : next;
+    for (const double at : {x, (x + above) / 2}) {
+      const auto value = static_cast<float>(at);
+      values.insert(values.end(),
+                    {value, std::nextafter(value, -INFINITY), std::nextafter(value, INFINITY)});
+    }
+  }
+  Random random(2);
+  for (int i = 0; i < 100000; ++i) {
+    values.push_back(float_from_bits(static_cast<std::uint32_t>(random.word())));
+  }
+  for (const std::uint32_t nan : {0x7f800001u, 0x7fffffffu, 0xff800001u, 0xffffffffu, 0x7fc00000u,
+                                  0x7f801000u, 0xffbfffffu, 0x7f80ffffu}) {
+    values.push_back(float_from_bits(nan));
+  }
+  values.resize((values.size() + 63) / 64 * 64);
+  check_store_half<S>(values, format);
+}
+
+/// The last few elements of a row: nothing beyond them is read or written.
+template <class S>
+void test_row_parts() {
+  using T = Real<S>;
+  for (int size = 1; size <= 3 * kLanes<T>; ++size) {
+    const int padded = round_up(size, kLanes<T>);
+    std::vector<S> from(static_cast<std::size_t>(size)), back(static_cast<std::size_t>(size));
+    std::vector<T> wide(static_cast<std::size_t>(2 * padded), T(-1));
+    const std::vector<T> one(static_cast<std::size_t>(padded), T(1));
+    unpack_row<S>(from.data(), one.data(), size);  // exactly as long: sanitizers see more
+    pack_row<S>(wide.data(), from.data(), size, padded);
+    for (int i = 0; i < 2 * padded; ++i) {
+      const T expected = i < size ? T(1) : i < padded ? T(0) : T(-1);
+      CHECK_EQUAL(wide[static_cast<std::size_t>(i)], expected);
+    }
+    unpack_row<S>(back.data(), wide.data(), size);
+    CHECK(std::memcmp(back.data(), from.data(), from.size() * sizeof(S)) == 0);
+  }
+}
+
+template <class T>
+void test_transpose_rows() {
+  const int columns = 3 * kLanes<T>;
+  for (int count = 1; count <= kMaxTile; ++count) {
+    const int stride = columns + 1;
+    std::vector<T> from(static_cast<std::size_t>(kMaxTile * stride));
+    for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<T>(i + 1);
+    std::vector<T> to(static_cast<std::size_t>(columns * kMaxTile), T(-1));
+    transpose_rows<T>(to.data(), kMaxTile, {from.data(), stride}, count, columns, T(2));
+    for (int c = 0; c < columns; ++c) {
+      for (int r = 0; r < kMaxTile; ++r) {
+        const T expected = r < count ? static_cast<T>(2 * (r * stride + c + 1))
+                           : r < round_up(count, kLanes<T>) ? T(0)
+                                                            : T(-1);
+        CHECK_EQUAL(to[static_cast<std::size_t>(c * kMaxTile + r)], expected);
+      }
+    }
+  }
+}
+
+/// Every lane of every word is kept or replaced as its bit says.
+template <class T>
+void test_keep_lanes() {
+  Random random(3);
+  for (int i = 0; i < 2000; ++i) {
+    const uint64_t word = i == 0 ? 0 : i == 1 ? ~uint64_t{0} : random.word();
+    for (int v = 0; v < kMaxTile / kLanes<T>; ++v) {
+      T lanes[kLanes<T>];
+      store(lanes, keep_lanes<T>(broadcast(T(1)), word, v, T(-2)));
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        CHECK_EQUAL(lanes[lane], (word >> (v * kLanes<T> + lane) & 1) ? T(1) : T(-2));
+      }
+    }
+  }
+}
+
+/// Small whole numbers, so that the products are exact whatever the order of the sums.
+template <class T, bool kRowMajor>
+void check_gemm(Random& random, int m_size, int vectors, int k_size) {
+  const int n_size = vectors * kLanes<T>;
+  const int stride = (kRowMajor ? k_size : m_size) + 2;
+  const auto numbers = [&](int count) {
+    std::vector<T> values(static_cast<std::size_t>(count));
+    for (T& value : values) value = static_cast<T>(random.between(-4, 4));
+    return values;
+  };
+  const std::vector<T> a = numbers((kRowMajor ? m_size : k_size) * stride - 2);
+  const std::vector<T> b = numbers(k_size * n_size);
+  std::vector<T> set(static_cast<std::size_t>(m_size * n_size), T(99)), added(set.size(), T(5));
+  const Operand<T, kRowMajor> operand{a.data(), stride};
+  gemm(m_size, vectors, k_size, operand, b.data(), n_size, SetTo<T>{set.data(), n_size});
+  gemm(m_size, vectors, k_size, operand, b.data(), n_size, AddTo<T>{added.data(), n_size});
+  for (int m = 0; m < m_size; ++m) {
+    for (int n = 0; n < n_size; ++n) {
+      T expected{0};
+      for (int k = 0; k < k_size; ++k) {
+        expected += a[static_cast<std::size_t>(kRowMajor ? m * stride + k : k * stride + m)] *
+                    b[static_cast<std::size_t>(k * n_size + n)];
+      }
+      const auto at = static_cast<std::size_t>(m * n_size + n);
+      CHECK_EQUAL(set[at], expected);
+      CHECK_EQUAL(added[at], expected + T(5));
+    }
+  }
+}
+
+template <class T>
+void test_gemm() {
+  Random random(4);
+  for (int m_size = 1; m_size <= 27; ++m_size) {
+    for (int vectors = 1; vectors <= 9; ++vectors) {
+      const int k_size = static_cast<int>(random.between(1, 9));
+      check_gemm<T, true>(random, m_size, vectors, k_size);
+      check_gemm<T, false>(random, m_size, vectors, k_size);
+    }
+  }
+}
+
+#if defined(__x86_64__)
+bool runs_here() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+#else
+bool runs_here() { return true; }
+#endif
+
+}  // namespace
+
+int main() {
+  if (!runs_here()) {
+    std::cout << "this machine lacks the instruction set\n";
+    return 0;
+  }
+  test_exp2<float>({float_from_bits(0x7fc00000u), float_from_bits(0xffc00000u),
+                    float_from_bits(0x7fffffffu), float_from_bits(0x7fc12345u)},
+                   1.25);
+  test_exp2<double>({double_from_bits(0x7ff8000000000000u), double_from_bits(0xfff8000000000000u),
+                     double_from_bits(0x7fffffffffffffffu), double_from_bits(0x7ff8000000012345u)},
+                    1.25);
+  test_load_half<BFloat16>(kBFloat16Format);
+  test_load_half<Float16>(kFloat16Format);
+  test_store_half<BFloat16>(kBFloat16Format);
+  test_store_half<Float16>(kFloat16Format);
+  test_row_parts<float>();
+  test_row_parts<double>();
+  test_row_parts<BFloat16>();
+  test_row_parts<Float16>();
+  test_transpose_rows<float>();
+  test_transpose_rows<double>();
+  test_keep_lanes<float>();
+  test_keep_lanes<double>();
+  test_gemm<float>();
+  test_gemm<double>();
+  return check::report();
+}

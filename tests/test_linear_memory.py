@@ -1,0 +1,91 @@
+"""The detector of dense fallbacks: visited pairs and memory grow with N, not with its square."""
+
+import subprocess
+import sys
+
+import cases
+import pytest
+
+from sparse_attn import plan_info
+
+LONG, SHORT = 65536, 16384
+# Four times the length; the rest is for tiles at the edges.
+GROWTH = 4.4
+
+SPARSE = sorted(cases.PATTERNS.keys() - cases.DENSE)
+
+
+def test_dense_patterns_are_the_quadratic_ones():
+    """DENSE excuses nothing: its pairs do grow with N², those of the others do not."""
+    for name in cases.PATTERNS:
+        pattern = cases.pattern(name)
+        growth = pattern.cost(LONG).pairs / pattern.cost(SHORT).pairs
+        assert (growth > 10) == (name in cases.DENSE), name
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_plans_grow_linearly(name):
+    pattern = cases.pattern(name)
+    long, short = (plan_info(pattern, n) for n in (LONG, SHORT))
+    assert long["pairs"] <= GROWTH * short["pairs"]
+    assert long["visited_pairs"] <= GROWTH * short["visited_pairs"]
+    assert long["bytes"] <= GROWTH * short["bytes"]
+    assert long["visited_pairs"] >= long["pairs"] > 0
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_masks_do_not_grow(name):
+    """The element masks of the tiles are few, whatever the length."""
+    pattern = cases.pattern(name)
+    long, short = (plan_info(pattern, n) for n in (LONG, SHORT))
+    assert long["distinct_masks"] <= short["distinct_masks"] + 8
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_plans_for_one_query_are_small(name):
+    """Decoding: one query against many keys visits no more than a few of its rows' tiles."""
+    visited = plan_info(cases.pattern(name), 1, LONG)["visited_pairs"]
+    assert visited <= 4 * 64 * LONG
+
+
+# Peak resident memory of one forward and backward in a fresh process, beyond the peak after the
+# inputs were made and a short call had started the threads. Linux counts it in /proc.
+PROBE = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import cases
+from sparse_attn import attention
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+def step(n):
+    leaves = [x.requires_grad_() for x in cases.inputs(
+        cases.Shape(n_q=n, head_dim=16, batch=1, heads=1))]
+    before = peak()
+    attention(*leaves, cases.library({expression!r})).sum().backward()
+    return peak() - before
+
+step(256)
+torch.randn({long}, 16 * 16)  # what inputs() needs at once
+print(step({long}))
+"""
+
+TENSOR = LONG * 16 * 4
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize(
+    "expression",
+    ["Window(256)", "Window(256) | Global(range(16))", "Window(128, dilation=4)"],
+)
+def test_peak_memory(expression):
+    program = PROBE.format(tests=sys.path[0], expression=expression, long=LONG)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    # Output, log-sum-exp and four gradients are 4.2 tensors of 4 MiB; as much again for the work.
+    # One row of scores per query would be 16 GiB.
+    assert int(result.stdout) <= 9 * TENSOR
