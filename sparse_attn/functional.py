@@ -43,7 +43,7 @@ def attention(
         key_padding_mask: (batch, n_k) bool, True = ignore this key.
         global_mask: (batch, n_k) bool, True = a global token of this example. Allowed are then the
             pairs of the pattern and of the rows and columns of these tokens, intersected with
-            `Causal()` if the pattern is causal.
+            `Causal()` if the pattern is causal (of a `PerHead`, head by head).
         bias: Not built yet.
         gate: Not built yet.
         dropout_p: Not built yet; must be 0.

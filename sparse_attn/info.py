@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparse_attn._library import ROOT, ops
-from sparse_attn.patterns import Pattern, check_pattern
+from sparse_attn.patterns import Pattern, check_pattern, check_sizes
 
 #: For CMake: `-DCMAKE_PREFIX_PATH=...` makes `find_package(sparse_attn)` work.
 cmake_prefix_path = str(ROOT / "share" / "cmake")
@@ -50,8 +50,8 @@ def plan_info(pattern: Pattern, n_q: int, n_k: int | None = None) -> dict[str, i
     2
     """
     check_pattern(pattern)
-    n_k = n_q if n_k is None else n_k
-    pairs, visited, size, passes, masks = ops._pattern_cost(pattern.encode(), n_q, n_k)
+    sizes = check_sizes(n_q, n_k)
+    pairs, visited, size, passes, masks = ops._pattern_cost(pattern.encode(), *sizes)
     return {
         "pairs": pairs,
         "visited_pairs": visited,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # The words of csrc/patterns/expression.h.
 _WINDOW, _GLOBAL_KEYS, _GLOBAL_QUERIES, _UNION, _INTERSECTION, _PER_HEAD = range(1, 7)
 _INFINITE = 2**63 - 1
+_MOST_TOKENS = 2**59  # beyond any tensor; keeps the arithmetic of tokens from overflowing
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class Pattern:
         >>> Window(1, 0).mask(2, 3).tolist()
         [[True, True, False], [False, True, True]]
         """
-        return ops._pattern_mask(self.encode(), n_q, n_q if n_k is None else n_k, heads)
+        heads = None if heads is None else _index("heads", heads, 1)
+        return ops._pattern_mask(self.encode(), *check_sizes(n_q, n_k), heads)
 
     def cost(
         self,
@@ -152,8 +154,11 @@ class Pattern:
         >>> cost.pairs, round(cost.overhead, 2)
         (8339200, 1.12)
         """
-        n_k = n_q if n_k is None else n_k
-        pairs, visited, *_ = ops._pattern_cost(self.encode(), n_q, n_k, tile)
+        n_q, n_k = check_sizes(n_q, n_k)
+        if tile is not None and (not isinstance(tile, Iterable) or len(tuple(tile)) != 2):
+            raise ValueError(f"sparse_attn: expected tile to be (rows, keys), got {tile!r}")
+        sides = None if tile is None else [_index("tile", side, 1) for side in tile]
+        pairs, visited, *_ = ops._pattern_cost(self.encode(), n_q, n_k, sides)
         heads = len(self.patterns) if isinstance(self, PerHead) else 1
         return Cost(
             pairs=pairs,
@@ -171,7 +176,7 @@ class Pattern:
         pass in steps of 1
           rows 0..2: keys 0..2 (mask 0)
         """
-        return ops._pattern_plan(self.encode(), n_q, n_q if n_k is None else n_k)
+        return ops._pattern_plan(self.encode(), *check_sizes(n_q, n_k))
 
     def plot(self, n: int, n_k: int | None = None, ax: Axes | None = None) -> Any:
         """Draw the mask with matplotlib: queries down, keys across.
@@ -210,15 +215,23 @@ def check_pattern(pattern: object) -> None:
         )
 
 
-def _index(name: str, value: object, least: int) -> int:
-    """`value` as an int of at least `least`."""
+def _index(name: str, value: object, least: int, most: int | None = None) -> int:
+    """`value` as an int of at least `least` and at most `most`."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"sparse_attn: expected {name} to be an int, got {value!r}") from None
     if number < least:
         raise ValueError(f"sparse_attn: expected {name} to be at least {least}, got {number}")
+    if most is not None and number > most:
+        raise ValueError(f"sparse_attn: expected {name} to be at most {most}, got {number}")
     return number
+
+
+def check_sizes(n_q: object, n_k: object) -> tuple[int, int]:
+    """Numbers of queries and keys; as many keys as queries if None."""
+    queries = _index("n_q", n_q, 0)
+    return queries, queries if n_k is None else _index("n_k", n_k, 0)
 
 
 def _side(name: str, value: object) -> int | float:
@@ -358,7 +371,7 @@ class _Tokens(Pattern):
             raise TypeError(
                 f"sparse_attn: expected tokens to be a sequence of ints, got {self.tokens!r}"
             )
-        tokens = {_index("tokens", t, -(2**59)) for t in self.tokens}
+        tokens = {_index("tokens", t, -_MOST_TOKENS, _MOST_TOKENS) for t in self.tokens}
         object.__setattr__(self, "tokens", tuple(sorted(tokens)))
         super().__post_init__()
 
@@ -433,6 +446,10 @@ class _Join(Pattern):
     parts: tuple[Pattern, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.parts, Pattern) or not isinstance(self.parts, Iterable):
+            raise TypeError(
+                f"sparse_attn: expected parts to be a sequence of patterns, got {self.parts!r}"
+            )
         parts = tuple(self.parts)
         if not parts:
             raise ValueError("sparse_attn: expected parts to hold at least one pattern, got none")

@@ -1,7 +1,7 @@
 // Backward: one sweep over the row tiles, five products for each key tile:
 //
-//   S = K Qᵀ, P = exp(S - lse), dP = V dOᵀ, dS = P ∘ (dP - delta), dV += P dO, dK += dS Q, dQ += dS
-//   ᵀK
+//   S = K Qᵀ, P = exp(S - lse), dP = V dOᵀ, dS = P ∘ (dP - delta),
+//   dV += P dO, dK += dS Q, dQ += dSᵀ K
 //
 // with the queries in the SIMD lanes of S, P, dP, dS and dQ. dQ stays in cache for the whole row
 // tile; dK and dV are added up in place. A chunk that shares key tiles with an earlier one adds to
@@ -22,24 +22,29 @@ using sparse_attn::Run;
 using sparse_attn::Segment;
 using sparse_attn::SharedTile;
 
-/// P = exp2(S - lse), 0 where a mask forbids the pair.
+/// P = exp(S - lse). Rounding may leave S above lse; P is at most 1 all the same.
 template <class T>
 struct Probabilities {
   T* p;
   const T* lse;
+  SPARSE_ATTN_INLINE Vec<T> probability(int n, Vec<T> sum) const {
+    const Vec<T> x = sum - load(lse + n * kLanes<T>);
+    return exp<T>(x > T{0} ? Vec<T>{} : x);
+  }
   SPARSE_ATTN_INLINE void operator()(int m, int n, Vec<T> sum) const {
-    store(p + m * kMaxTile + n * kLanes<T>, exp2<T>(sum - load(lse + n * kLanes<T>)));
+    store(p + m * kMaxTile + n * kLanes<T>, probability(n, sum));
   }
 };
 
+/// The same, 0 where a mask forbids the pair.
+
 template <class T>
 struct MaskedProbabilities {
-  T* p;
-  const T* lse;
+  Probabilities<T> all;
   const uint64_t* words;
   SPARSE_ATTN_INLINE void operator()(int m, int n, Vec<T> sum) const {
-    const Vec<T> x = exp2<T>(sum - load(lse + n * kLanes<T>));
-    store(p + m * kMaxTile + n * kLanes<T>, keep_lanes<T>(x, words[m], n, T{0}));
+    const Vec<T> p = all.probability(n, sum);
+    store(all.p + m * kMaxTile + n * kLanes<T>, keep_lanes<T>(p, words[m], n, T{0}));
   }
 };
 
@@ -158,12 +163,12 @@ class Backward {
           keys(arena, b.d_, b.dv_) {}
 
     T* query_rows;        // packed, when they cannot be read in place
-    T* query;             // [head_dim][kMaxTile], scaled to base-2 logits
+    T* query;             // [head_dim][kMaxTile], scaled
     T* grad_output_rows;  // packed, likewise
     T* grad_output;       // [value_dim][kMaxTile]
     T* output_rows;       // packed, likewise
-    T* lse;  // [query], base 2; +inf for rows without keys or of another tile: their probabilities
-             // are 0
+    T* lse;         // [query]; +inf for rows without keys or of another tile: their probabilities
+                    // are 0
     T* delta;       // [query], rowsum(dO ∘ O) less the gradient of the log-sum-exp
     T* p;           // [key][query]
     T* ds;          // [key][query]
@@ -183,21 +188,11 @@ class Backward {
     Rows<T> grad_output;
   };
 
-  Head<S> head_of(const sparse_attn::TensorView& view, int64_t heads, int64_t head) const {
-    const int64_t b = head / heads, h = head % heads;
-    return {static_cast<S*>(view.data) + b * view.batch_stride + h * view.head_stride,
-            view.row_stride};
-  }
-  Head<const S> query_head(const sparse_attn::TensorView& view, int64_t head) const {
-    const Head<S> h = head_of(view, p_.heads, head);
-    return {h.data, h.stride};
-  }
-
   /// Sums of dK (or dV): `index` is the thread or the head, as where_ says.
   Head<T> sums(const sparse_attn::TensorView& view, T* wide, int width, int64_t head_kv,
                int64_t index) const {
     if (where_ != Where::kTensor) return {wide + index * p_.n_k * width, width};
-    if constexpr (kSameType<S, T>) return head_of(view, p_.heads_kv, head_kv);
+    if constexpr (kSameType<S, T>) return head_of<T>(view, p_.heads_kv, head_kv);
     return {nullptr, 0};
   }
   Head<T> key_sums(int64_t head_kv, int64_t index) const {
@@ -267,28 +262,44 @@ class Backward {
   QueryTile load_rows(Scratch& scratch, int64_t head, const PlanView& plan,
                       const RowTile& tile) const {
     const int count = tile.rows.count;
+    const uint64_t live = load_lse(scratch, head, plan, tile);
     const auto rows_of = [&](const sparse_attn::TensorView& view, int size, T* buffer) {
-      return whole_vector_rows<S>(query_head(view, head), tile.rows, plan.token_list, size, buffer);
+      return whole_vector_rows(head_of<const S>(view, p_.heads, head), tile.rows, plan.token_list,
+                               size, live, buffer);
     };
     const QueryTile rows{count, round_up(count, kLanes<T>) / kLanes<T>,
                          rows_of(p_.query, d_, scratch.query_rows),
                          rows_of(p_.grad_output, dv_, scratch.grad_output_rows)};
     transpose_rows<T>(scratch.query, kMaxTile, rows.query, count, d_wide_,
-                      static_cast<T>(p_.scale * kLog2E));
+                      static_cast<T>(p_.scale));
     transpose_rows<T>(scratch.grad_output, kMaxTile, rows.grad_output, count, dv_wide_, T{1});
     const Rows<T> output = rows_of(p_.output, dv_, scratch.output_rows);
     for (int i = 0; i < kMaxTile; ++i) {
-      scratch.lse[i] = kInfinity<T>;
       scratch.delta[i] = T{0};
-      if (i >= count || !(tile.owned >> i & 1)) continue;
+      if (!(live >> i & 1)) continue;
+      scratch.delta[i] = dot(rows.grad_output.row(i), output.row(i), dv_wide_);
+      if (!p_.grad_lse) continue;
+      const int64_t row = head * p_.n_q + sparse_attn::token(tile.rows, plan.token_list, i);
+      scratch.delta[i] -= static_cast<const T*>(p_.grad_lse)[row];
+    }
+    return rows;
+  }
+
+  /// Loads the log-sum-exps; returns which rows this tile owns that have keys. The others count as
+  /// zero throughout, whatever their gradient holds.
+  uint64_t load_lse(Scratch& scratch, int64_t head, const PlanView& plan,
+                    const RowTile& tile) const {
+    uint64_t live = 0;
+    for (int i = 0; i < kMaxTile; ++i) {
+      scratch.lse[i] = kInfinity<T>;
+      if (i >= tile.rows.count || !(tile.owned >> i & 1)) continue;
       const int64_t row = head * p_.n_q + sparse_attn::token(tile.rows, plan.token_list, i);
       const T lse = static_cast<const T*>(p_.lse)[row];
       if (lse == -kInfinity<T>) continue;
-      scratch.lse[i] = lse * static_cast<T>(kLog2E);
-      scratch.delta[i] = dot(rows.grad_output.row(i), output.row(i), dv_wide_);
-      if (p_.grad_lse) scratch.delta[i] -= static_cast<const T*>(p_.grad_lse)[row];
+      scratch.lse[i] = lse;
+      live |= uint64_t{1} << i;
     }
-    return rows;
+    return live;
   }
 
   static T dot(const T* a, const T* b, int size) {
@@ -309,7 +320,7 @@ class Backward {
         value{keys.value.data, keys.value.stride};
     if (keys.words) {
       gemm(keys.count, rows.vectors, d_, key, scratch.query, kMaxTile,
-           MaskedProbabilities<T>{scratch.p, scratch.lse, keys.words});
+           MaskedProbabilities<T>{{scratch.p, scratch.lse}, keys.words});
     } else {
       gemm(keys.count, rows.vectors, d_, key, scratch.query, kMaxTile,
            Probabilities<T>{scratch.p, scratch.lse});
@@ -363,7 +374,7 @@ class Backward {
       if (wide_queries_exist_) {
         add_or_set<T>(wide_queries_ + (head * p_.n_q + row) * d_wide_, from, pass_index > 0);
       } else {
-        const Head<S> to = head_of(p_.grad_query, p_.heads, head);
+        const Head<S> to = head_of<S>(p_.grad_query, p_.heads, head);
         add_or_set<S>(to.data + row * to.stride, from, pass_index > 0);
       }
     }
@@ -408,8 +419,8 @@ class Backward {
   }
 
   void narrow_keys(int64_t head_kv, int64_t index) const {
-    const Head<S> key = head_of(p_.grad_key, p_.heads_kv, head_kv),
-                  value = head_of(p_.grad_value, p_.heads_kv, head_kv);
+    const Head<S> key = head_of<S>(p_.grad_key, p_.heads_kv, head_kv),
+                  value = head_of<S>(p_.grad_value, p_.heads_kv, head_kv);
     const T* key_sum = wide_keys_ + index * p_.n_k * d_wide_;
     const T* value_sum = wide_values_ + index * p_.n_k * dv_wide_;
     for (int64_t i = 0; i < p_.n_k; ++i) {
@@ -419,7 +430,7 @@ class Backward {
   }
 
   void narrow_queries(int64_t head) const {
-    const Head<S> to = head_of(p_.grad_query, p_.heads, head);
+    const Head<S> to = head_of<S>(p_.grad_query, p_.heads, head);
     for (int64_t i = 0; i < p_.n_q; ++i) {
       unpack_row<S>(to.data + i * to.stride, wide_queries_ + (head * p_.n_q + i) * d_wide_, d_);
     }

@@ -1,5 +1,5 @@
-// Forward: for each row tile, load Q; for each key tile, S = K Qᵀ, mask, softmax update, O = O + V
-// ᵀP; finish.
+// Forward: for each row tile, load Q; for each key tile, S = K Qᵀ, mask, softmax update,
+// O = O + Vᵀ P; finish.
 //
 // Everything is transposed, with the queries in the SIMD lanes: the softmax runs down the lanes
 // without a horizontal operation, K and V are only ever broadcast (so any head size and any stride
@@ -122,7 +122,7 @@ class Forward {
 
     RowState<T> state;
     T* query_rows;   // packed, when they cannot be read in place
-    T* query;        // [head_dim][kMaxTile], scaled to base-2 logits
+    T* query;        // [head_dim][kMaxTile], scaled
     T* logits;       // [key][query], then the probabilities
     T* rescale;      // [query]
     T* output_rows;  // [query][value_dim]
@@ -133,14 +133,8 @@ class Forward {
   /// half-precision passes are merged.
   Head<T> wide_output(int64_t head) const {
     if (merges_in_memory_) return {wide_output_ + head * p_.n_q * dv_, dv_};
-    if constexpr (kSameType<S, T>) return head_of(p_.output, head);
+    if constexpr (kSameType<S, T>) return head_of<T>(p_.output, p_.heads, head);
     return {nullptr, 0};
-  }
-
-  Head<S> head_of(const sparse_attn::TensorView& view, int64_t head) const {
-    const int64_t b = head / p_.heads, h = head % p_.heads;
-    return {static_cast<S*>(view.data) + b * view.batch_stride + h * view.head_stride,
-            view.row_stride};
   }
 
   T* lse_of(int64_t head) const { return static_cast<T*>(p_.lse) + head * p_.n_q; }
@@ -170,10 +164,12 @@ class Forward {
     state.init(dv_);
     if (resumes) resume(scratch, state, head, plan, row_tile.rows);
     if (segment.first_run < segment.end_run) {
-      const Rows<T> rows = whole_vector_rows<S>(as_const(head_of(p_.query, head)), row_tile.rows,
-                                                plan.token_list, d_, scratch.query_rows);
+      const uint64_t all = ~uint64_t{0} >> (kMaxTile - row_tile.rows.count);
+      const Rows<T> rows =
+          whole_vector_rows(head_of<const S>(p_.query, p_.heads, head), row_tile.rows,
+                            plan.token_list, d_, all, scratch.query_rows);
       transpose_rows<T>(scratch.query, kMaxTile, rows, row_tile.rows.count, round_up(d_, kLanes<T>),
-                        static_cast<T>(p_.scale * kLog2E));
+                        static_cast<T>(p_.scale));
       const int vectors = round_up(row_tile.rows.count, kLanes<T>) / kLanes<T>;
       for (uint32_t r = segment.first_run; r < segment.end_run; ++r) {
         const Run& run = pass.runs[r];
@@ -211,7 +207,7 @@ class Forward {
     for (int i = 0; i < rows.count; ++i) {
       const int64_t row = sparse_attn::token(rows, plan.token_list, i);
       pack_row<T>(scratch.output_rows + i * padded, output.data + row * output.stride, dv_, padded);
-      state.softmax->maximum[i] = lse[row] * static_cast<T>(kLog2E);
+      state.softmax->maximum[i] = lse[row];
       state.softmax->sum[i] = lse[row] == -kInfinity<T> ? T{0} : T{1};
     }
     transpose_rows<T>(state.output, kMaxTile, {scratch.output_rows, padded}, rows.count, padded,
@@ -224,7 +220,7 @@ class Forward {
     const int padded = round_up(dv_, kLanes<T>);
     transpose_rows<T>(scratch.output_rows, padded, {state.output, kMaxTile}, dv_,
                       round_up(tile.rows.count, kLanes<T>), T{1});
-    const Head<S> output = head_of(p_.output, head);
+    const Head<S> output = head_of<S>(p_.output, p_.heads, head);
     const Head<T> wide = wide_output(head);
     T* lse = lse_of(head);
     for (int i = 0; i < tile.rows.count; ++i) {
@@ -245,8 +241,7 @@ class Forward {
 
   static T log_sum_exp(T maximum, T sum) {
     if (sum == T{0}) return -kInfinity<T>;
-    return static_cast<T>(
-        (static_cast<double>(maximum) + __builtin_log2(static_cast<double>(sum))) * kLn2);
+    return static_cast<T>(static_cast<double>(maximum) + __builtin_log(static_cast<double>(sum)));
   }
 
   /// Merges the slots of each split row tile, in order.
@@ -269,8 +264,8 @@ class Forward {
       SoftmaxState<T>&a = *into.softmax, &b = *part.softmax;
       const Vec<T> top = max<T>(load(a.maximum + i), load(b.maximum + i));
       const Vec<T> finite = finite_maximum<T>(top);
-      const Vec<T> keep = exp2<T>(load(a.maximum + i) - finite),
-                   add = exp2<T>(load(b.maximum + i) - finite);
+      const Vec<T> keep = exp<T>(load(a.maximum + i) - finite),
+                   add = exp<T>(load(b.maximum + i) - finite);
       store(a.sum + i, load(a.sum + i) * keep + load(b.sum + i) * add);
       store(a.maximum + i, top);
       for (int c = 0; c < dv_; ++c) {
@@ -281,7 +276,7 @@ class Forward {
   }
 
   void narrow(int64_t head) {
-    const Head<S> output = head_of(p_.output, head);
+    const Head<S> output = head_of<S>(p_.output, p_.heads, head);
     const Head<T> wide = wide_output(head);
     for (int64_t i = 0; i < p_.n_q; ++i)
       unpack_row<S>(output.data + i * output.stride, wide.data + i * wide.stride, dv_);

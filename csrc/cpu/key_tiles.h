@@ -34,10 +34,10 @@ class KeyTiles {
   /// Turns to one head (of the queries) and pass.
   void start(const AttentionParams& params, const PlanView& plan, const PassView& pass,
              int64_t head) {
-    const int64_t b = head / params.heads,
-                  h = head % params.heads / (params.heads / params.heads_kv);
-    key_ = head_of(params.key, b, h);
-    value_ = head_of(params.value, b, h);
+    const int64_t head_kv = head / (params.heads / params.heads_kv);
+    key_ = head_of<const S>(params.key, params.heads_kv, head_kv);
+    value_ = head_of<const S>(params.value, params.heads_kv, head_kv);
+    const int64_t b = head / params.heads;
     padding_ = params.key_padding ? params.key_padding + b * params.n_k : nullptr;
     plan_ = &plan;
     pass_ = &pass;
@@ -49,27 +49,30 @@ class KeyTiles {
   /// False if no row sees any key of the tile.
   bool get(int32_t index, int32_t mask, KeyTile<T>& out) {
     const Tile& tile = pass_->key_tiles[index];
+    const uint64_t all = ~uint64_t{0} >> (kMaxTile - tile.count);
+    const uint64_t seen = padding_ ? unpadded(tile) : all;
+    if (seen == 0) return false;
     out.count = tile.count;
     out.words = mask < 0 ? nullptr : plan_->masks[mask];
-    if (padding_ && !apply_padding(tile, out)) return false;
-    if (reads_in_place(tile)) {
+    if (seen != all) {
+      for (int i = 0; i < tile.count; ++i) {
+        words_[i] = !(seen >> i & 1) ? 0 : out.words ? out.words[i] : ~uint64_t{0};
+      }
+      out.words = words_;
+    } else if (reads_in_place(tile)) {
       out.key = in_place(key_, tile);
       out.value = in_place(value_, tile);
       return true;
     }
     const int entry = index % kCached;
-    const int key_stride = round_up(d_, kLanes<T>), value_stride = round_up(dv_, kLanes<T>);
     if (cached_[entry] != index) {
-      for (int i = 0; i < tile.count; ++i) {
-        pack_row(keys_[entry] + i * key_stride, key_.row(tile, plan_->token_list, i), d_,
-                 key_stride);
-        pack_row(values_[entry] + i * value_stride, value_.row(tile, plan_->token_list, i), dv_,
-                 value_stride);
-      }
+      // Padded keys become zeros: whatever they hold, NaN too, is ignored.
+      pack_rows(keys_[entry], key_, tile, plan_->token_list, d_, seen);
+      pack_rows(values_[entry], value_, tile, plan_->token_list, dv_, seen);
       cached_[entry] = index;
     }
-    out.key = {keys_[entry], key_stride};
-    out.value = {values_[entry], value_stride};
+    out.key = {keys_[entry], round_up(d_, kLanes<T>)};
+    out.value = {values_[entry], round_up(dv_, kLanes<T>)};
     return true;
   }
 
@@ -77,11 +80,6 @@ class KeyTiles {
   /// A window of +-256 keeps 10 tiles in use; 16 of 64 x 64 keys and values are 512 KiB, which a
   /// level-2 cache holds.
   static constexpr int kCached = 16;
-
-  static Head<const S> head_of(const sparse_attn::TensorView& view, int64_t b, int64_t h) {
-    return {static_cast<const S*>(view.data) + b * view.batch_stride + h * view.head_stride,
-            view.row_stride};
-  }
 
   bool reads_in_place(const Tile& tile) const {
     return reads_rows_in_place<S>(key_, tile, d_) && reads_rows_in_place<S>(value_, tile, dv_);
@@ -92,17 +90,14 @@ class KeyTiles {
     return {nullptr, 0};
   }
 
-  /// Clears the words of padded keys; false if that leaves nothing.
-  bool apply_padding(const Tile& tile, KeyTile<T>& out) {
-    bool any_padded = false, any_seen = false;
+  /// Bit i is set unless key i of the tile is padding.
+  uint64_t unpadded(const Tile& tile) const {
+    uint64_t bits = 0;
     for (int i = 0; i < tile.count; ++i) {
       const bool padded = padding_[sparse_attn::token(tile, plan_->token_list, i)] != 0;
-      words_[i] = padded ? 0 : out.words ? out.words[i] : ~uint64_t{0};
-      any_padded = any_padded || padded;
-      any_seen = any_seen || !padded;
+      bits |= static_cast<uint64_t>(!padded) << i;
     }
-    if (any_padded) out.words = words_;
-    return any_seen;
+    return bits;
   }
 
   const int d_, dv_;

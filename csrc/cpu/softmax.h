@@ -1,4 +1,4 @@
-// exp2 and the running softmax of a tile of logits whose SIMD lanes are queries.
+// exp and the running softmax of a tile of logits whose SIMD lanes are queries.
 #pragma once
 
 #include "plan/schedule.h"
@@ -9,23 +9,22 @@ namespace {
 using sparse_attn::kMaxTile;
 
 constexpr double kLog2E = 1.4426950408889634074;
-constexpr double kLn2 = 0.69314718055994530942;
 
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-/// Constants of exp2 for each type: the polynomial 1 + f · (...) whose greatest relative distance
-/// from 2^f on [-1/2, 1/2] is least. A Taylor polynomial needs one or two terms more.
+/// Constants of e^x = 2^n 2^f: the polynomial in f whose greatest relative distance from 2^f on
+/// [-1/2, 1/2] is least. A Taylor polynomial needs one or two terms more.
 template <class T>
-struct Exp2;
+struct ExpConstants;
 
 template <>
-struct Exp2<float> {
-  static constexpr float kLeast = -126.0f;  // 2^x is flushed to zero below the normal numbers
+struct ExpConstants<float> {
+  static constexpr float kLeast = -87.33654f;  // e^x is flushed to zero below the normal numbers
   static constexpr float kRound =
       0x1.8p23f + 127.0f;  // adding it rounds, and leaves the biased exponent in the low bits
   static constexpr int kMantissa = 23;
-  static constexpr int kTerms = 7;  // distance 3.9e-9; 2^x is within 1.2 units in the last place
+  static constexpr int kTerms = 7;  // distance 3.9e-9
   static constexpr float kPolynomial[kTerms] = {1.0f,
                                                 0.69314722539501108653f,
                                                 0.24022651084117293574f,
@@ -36,11 +35,11 @@ struct Exp2<float> {
 };
 
 template <>
-struct Exp2<double> {
-  static constexpr double kLeast = -1022.0;
+struct ExpConstants<double> {
+  static constexpr double kLeast = -708.3964185322641;
   static constexpr double kRound = 0x1.8p52 + 1023.0;
   static constexpr int kMantissa = 52;
-  static constexpr int kTerms = 12;  // distance 1.8e-17; 2^x is within 1 unit in the last place
+  static constexpr int kTerms = 12;  // distance 1.8e-17
   static constexpr double kPolynomial[kTerms] = {1.0,
                                                  0.69314718055994569675,
                                                  0.24022650695910098007,
@@ -55,20 +54,22 @@ struct Exp2<double> {
                                                  4.078071929588336665e-10};
 };
 
-/// 2^x for x <= 127; 0 for x = -inf; NaN for NaN.
+/// e^x for x <= 88; 0 for x = -inf; NaN for NaN. Relative error: 1.5 units in the last place, and
+/// half a unit more for each unit of |x|, from rounding x / ln 2. (x itself, a difference of
+/// logits, has that.)
 template <class T>
-SPARSE_ATTN_INLINE Vec<T> exp2(Vec<T> x) {
-  using C = Exp2<T>;
+SPARSE_ATTN_INLINE Vec<T> exp(Vec<T> x) {
+  using C = ExpConstants<T>;
+  constexpr T kLog2 = static_cast<T>(kLog2E);
   const Vec<T> clamped = x < C::kLeast ? broadcast(C::kLeast) : x;
-  const Vec<T> shifted = clamped + C::kRound;
-  const Vec<T> fraction = clamped - (shifted - C::kRound);
+  const Vec<T> shifted = clamped * kLog2 + C::kRound;
+  const Vec<T> fraction = clamped * kLog2 - (shifted - C::kRound);
   Vec<T> sum = broadcast(C::kPolynomial[C::kTerms - 1]);
 #pragma GCC unroll 16
   for (int i = C::kTerms - 2; i >= 0; --i) sum = sum * fraction + C::kPolynomial[i];
   const Vec<T> power =
       reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(shifted) << C::kMantissa);
-  return x < C::kLeast ? Vec<T>{}
-                       : sum * power;  // a product, so that NaN stays NaN whatever its bits
+  return x < C::kLeast ? Vec<T>{} : sum * power;  // a product, so that NaN stays NaN
 }
 
 /// Lanes of `x` whose bit is clear in the word become `other`.
@@ -98,14 +99,14 @@ struct SoftmaxState {
   }
 };
 
-/// Raises maxima of -inf, those of rows that have seen no key, to 0, so that exp2(-inf - m) is 0
+/// Raises maxima of -inf, those of rows that have seen no key, to 0, so that exp(-inf - m) is 0
 /// and not NaN.
 template <class T>
 SPARSE_ATTN_INLINE Vec<T> finite_maximum(Vec<T> m) {
   return m == -kInfinity<T> ? Vec<T>{} : m;
 }
 
-/// logits[key][query] -> exp2(logits - maximum), for kVectors vectors of queries; `rescale` gets
+/// logits[key][query] -> exp(logits - maximum), for kVectors vectors of queries; `rescale` gets
 /// the factor that the sums so far shrink by.
 template <int kVectors, class T>
 SPARSE_ATTN_INLINE void softmax_columns(T* logits, int keys, T* maximum, T* sum, T* rescale) {
@@ -120,7 +121,7 @@ SPARSE_ATTN_INLINE void softmax_columns(T* logits, int keys, T* maximum, T* sum,
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const Vec<T> finite = finite_maximum<T>(top[v]);
-    store(rescale + v * kLanes<T>, exp2<T>(load(maximum + v * kLanes<T>) - finite));
+    store(rescale + v * kLanes<T>, exp<T>(load(maximum + v * kLanes<T>) - finite));
     store(maximum + v * kLanes<T>, top[v]);
     top[v] = finite;
   }
@@ -128,7 +129,7 @@ SPARSE_ATTN_INLINE void softmax_columns(T* logits, int keys, T* maximum, T* sum,
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       T* at = logits + k * kMaxTile + v * kLanes<T>;
-      const Vec<T> p = exp2<T>(load(at) - top[v]);
+      const Vec<T> p = exp<T>(load(at) - top[v]);
       store(at, p);
       total[v] += p;
     }

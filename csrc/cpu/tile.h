@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "plan/schedule.h"
+#include "params.h"
 #include "scalar.h"
 
 namespace {
@@ -30,9 +30,12 @@ struct Head {
   }
 };
 
+/// Head number `head` of batch x heads.
 template <class S>
-SPARSE_ATTN_INLINE Head<const S> as_const(Head<S> head) {
-  return {head.data, head.stride};
+SPARSE_ATTN_INLINE Head<S> head_of(const sparse_attn::TensorView& view, int64_t heads,
+                                   int64_t head) {
+  const int64_t offset = head / heads * view.batch_stride + head % heads * view.head_stride;
+  return {static_cast<S*>(view.data) + offset, view.row_stride};
 }
 
 template <class S, class T>
@@ -69,19 +72,31 @@ SPARSE_ATTN_INLINE bool reads_rows_in_place(Head<const S> head, const Tile& tile
   return kSameType<S, Real<S>> && tile.list < 0 && tile.step == 1 && head.stride == size;
 }
 
-/// The rows of a tile in row-major order, each a whole number of vectors long: in place where the
-/// tensor allows it, else packed into `buffer`.
+/// Packs the rows of a tile, each widened and padded to a whole number of vectors; rows whose bit
+/// in `live` is clear become zeros.
+template <class S>
+SPARSE_ATTN_INLINE void pack_rows(Real<S>* to, Head<const S> head, const Tile& tile,
+                                  const int64_t* list, int size, uint64_t live) {
+  const int padded = round_up(size, kLanes<Real<S>>);
+  for (int i = 0; i < tile.count; ++i) {
+    pack_row(to + i * padded, head.row(tile, list, i), live >> i & 1 ? size : 0, padded);
+  }
+}
+
+/// The live rows of a tile in row-major order, each a whole number of vectors long, and zeros for
+/// the others: in place where the tensor allows it, else packed into `buffer`.
 template <class S>
 SPARSE_ATTN_INLINE Rows<Real<S>> whole_vector_rows(Head<const S> head, const Tile& tile,
-                                                   const int64_t* list, int size, Real<S>* buffer) {
+                                                   const int64_t* list, int size, uint64_t live,
+                                                   Real<S>* buffer) {
   const int padded = round_up(size, kLanes<Real<S>>);
+  const bool all_live = live == ~uint64_t{0} >> (kMaxTile - tile.count);
   if constexpr (kSameType<S, Real<S>>) {
-    if (padded == size && reads_rows_in_place(head, tile, size)) {
+    if (all_live && padded == size && reads_rows_in_place(head, tile, size)) {
       return {head.row(tile, list, 0), head.stride};
     }
   }
-  for (int i = 0; i < tile.count; ++i)
-    pack_row(buffer + i * padded, head.row(tile, list, i), size, padded);
+  pack_rows(buffer, head, tile, list, size, live);
   return {buffer, padded};
 }
 

@@ -20,17 +20,17 @@ struct AttentionArguments {
   at::Tensor key;
   at::Tensor value;
   at::IntArrayRef pattern;
-  OptionalTensors pattern_tensors;
-  OptionalTensor key_padding_mask;
-  OptionalTensor global_mask;
-  OptionalTensor bias;
-  OptionalTensor gate;
-  double dropout_p;
-  OptionalTensor dropout_seed;
-  std::optional<double> scale;
-  std::optional<double> softcap;
-  OptionalTensor sink;
-  bool enable_gqa;
+  OptionalTensors pattern_tensors = std::nullopt;
+  OptionalTensor key_padding_mask = std::nullopt;
+  OptionalTensor global_mask = std::nullopt;
+  OptionalTensor bias = std::nullopt;
+  OptionalTensor gate = std::nullopt;
+  double dropout_p = 0.0;
+  OptionalTensor dropout_seed = std::nullopt;
+  std::optional<double> scale = std::nullopt;
+  std::optional<double> softcap = std::nullopt;
+  OptionalTensor sink = std::nullopt;
+  bool enable_gqa = false;
 };
 
 using AttentionFunction = Outputs(const at::Tensor&, const at::Tensor&, const at::Tensor&,
@@ -72,9 +72,12 @@ struct BackwardArguments {
 
   /// The forward call that these belong to.
   AttentionArguments forward() const {
-    return {
-        query, key,   value, pattern, pattern_tensors, key_padding_mask, global_mask, {}, {}, 0.0,
-        {},    scale, {},    {},      enable_gqa};
+    AttentionArguments arguments{query, key, value, pattern, pattern_tensors};
+    arguments.key_padding_mask = key_padding_mask;
+    arguments.global_mask = global_mask;
+    arguments.scale = scale;
+    arguments.enable_gqa = enable_gqa;
+    return arguments;
   }
 };
 

@@ -8,7 +8,7 @@
 #include <mutex>
 #include <utility>
 
-#include "ops/arguments.h"
+#include "ops/checks.h"
 
 namespace sparse_attn {
 namespace {
@@ -117,6 +117,7 @@ void check_no_tangent(const Tensors&... tensors) {
 }
 
 Outputs attention_autograd(c10::DispatchKeySet keys, const AttentionArguments& a) {
+  check_built(a);  // the node below knows of no other arguments
   check_no_tangent(a.query, a.key, a.value);
   AttentionBackward* node = nullptr;
   NodePtr owner;

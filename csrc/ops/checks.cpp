@@ -97,14 +97,31 @@ void check_finite(const char* name, std::optional<double> value) {
                     " to be finite, got ", *value);
 }
 
-void check_unbuilt(const AttentionArguments& a) {
+void check_sizes_of(const Expression& pattern, const AttentionArguments& a) {
+  const auto patterns = static_cast<std::int64_t>(head_patterns(pattern).size());
+  const c10::SymInt heads = a.query.sym_size(1), n_k = a.key.sym_size(2);
+  TORCH_CHECK_VALUE(heads % patterns == 0,
+                    "sparse_attn: expected pattern to list a number of patterns that divides the ",
+                    heads, " heads, got ", patterns);
+  const std::int64_t token = most_demanding_token(pattern);
+  TORCH_CHECK_VALUE(keys_needed(token) == 1 || n_k == 0 || n_k >= keys_needed(token),
+                    "sparse_attn: ", token_error(token, n_k.guard_int(__FILE__, __LINE__)));
+}
+
+}  // namespace
+
+void check_built(const AttentionArguments& a) {
+  check_finite("scale", a.scale);
   check_finite("softcap", a.softcap);
   TORCH_CHECK_VALUE(a.dropout_p >= 0.0 && a.dropout_p <= 1.0,
                     "sparse_attn: expected dropout_p in [0, 1], got ", a.dropout_p);
-  const std::array<std::pair<const char*, bool>, 7> arguments{
+  TORCH_CHECK_NOT_IMPLEMENTED(a.dropout_p == 0.0,
+                              "sparse_attn: expected dropout_p=0, more is not "
+                              "built yet, got ",
+                              a.dropout_p);
+  const std::array<std::pair<const char*, bool>, 6> arguments{
       {{"bias", a.bias.has_value()},
        {"gate", a.gate.has_value()},
-       {"dropout_p", a.dropout_p > 0.0},
        {"dropout_seed", a.dropout_seed.has_value()},
        {"softcap", a.softcap.has_value()},
        {"sink", a.sink.has_value()},
@@ -115,19 +132,9 @@ void check_unbuilt(const AttentionArguments& a) {
   }
 }
 
-void check_sizes_of(const Expression& pattern, const AttentionArguments& a) {
-  const auto patterns = static_cast<std::int64_t>(head_patterns(pattern).size());
-  const c10::SymInt heads = a.query.sym_size(1), n_k = a.key.sym_size(2);
-  TORCH_CHECK_VALUE(heads % patterns == 0,
-                    "sparse_attn: expected pattern to list a number of patterns that divides the ",
-                    heads, " heads, got ", patterns);
-  const std::int64_t token = most_demanding_token(pattern);
-  TORCH_CHECK_VALUE(keys_needed(token) == 1 || n_k == 0 || n_k >= keys_needed(token),
-                    "sparse_attn: expected pattern to have tokens in [-", n_k, ", ", n_k,
-                    "), the keys, got ", token);
+at::ScalarType lse_type(const at::Tensor& query) {
+  return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
-
-}  // namespace
 
 Expression check_pattern(at::IntArrayRef pattern) {
   return with_value_errors(
@@ -138,8 +145,7 @@ Expression check_attention(const AttentionArguments& a) {
   check_tensors(a);
   check_mask("key_padding_mask", a.key_padding_mask, a);
   check_mask("global_mask", a.global_mask, a);
-  check_finite("scale", a.scale);
-  check_unbuilt(a);
+  check_built(a);
   Expression pattern = check_pattern(a.pattern);
   check_sizes_of(pattern, a);
   return pattern;
@@ -158,7 +164,7 @@ Expression check_backward(const BackwardArguments& a) {
     check_shape(name, tensor, outputs, " (the query's, with the value's size)");
   }
   const auto check_lse = [&](const char* name, const at::Tensor& lse) {
-    const auto type = a.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const at::ScalarType type = lse_type(a.query);
     check_kind(name, lse);
     check_same_place(name, lse, a.query);
     TORCH_CHECK_TYPE(lse.scalar_type() == type, "sparse_attn: expected ", name, " of dtype ", type,

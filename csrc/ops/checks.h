@@ -14,6 +14,12 @@ namespace sparse_attn {
 Expression check_attention(const AttentionArguments& arguments);
 Expression check_backward(const BackwardArguments& arguments);
 
+/// Only of what is built and of the scalars: also for kernels that look at no other argument.
+void check_built(const AttentionArguments& arguments);
+
+/// The dtype of the log-sum-exp.
+at::ScalarType lse_type(const at::Tensor& query);
+
 /// Parses a pattern; ValueError if it is none.
 Expression check_pattern(at::IntArrayRef pattern);
 

@@ -104,7 +104,7 @@ class Call {
     const std::int64_t heads = params.batch * (backward ? params.heads_kv : params.heads);
     // Query heads that share a key head add to the same gradients: with different plans they must
     // take turns.
-    const int chunks = backward && patterns.size() > 1 && params.heads != params.heads_kv ? 1 : 0;
+    const int chunks = backward && group % (params.heads / params.heads_kv) != 0 ? 1 : 0;
     const auto tokens =
         a.global_mask
             ? global_tokens(*a.global_mask)
@@ -138,10 +138,9 @@ const cpu::Kernels& kernels_for(const at::Tensor& query) {
 
 Outputs attention_cpu(c10::DispatchKeySet, const AttentionArguments& a) {
   const Expression pattern = check_attention(a);
-  const auto type = a.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor output = empty_rows(a.query, a.value.size(3));
-  const at::Tensor lse =
-      at::empty({a.query.size(0), a.query.size(1), a.query.size(2)}, a.query.options().dtype(type));
+  const at::Tensor lse = at::empty({a.query.size(0), a.query.size(1), a.query.size(2)},
+                                   a.query.options().dtype(lse_type(a.query)));
   if (is_empty(a)) return {output, lse};
   if (a.key.size(2) == 0)
     return {output.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};

@@ -16,14 +16,17 @@ Expression window(std::int64_t left, std::int64_t right, std::int64_t dilation) 
   return {Word::kWindow, {left, right, dilation}, {}};
 }
 
+/// Beyond this no tensor has tokens, and below it their arithmetic does not overflow.
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 59;
+
 /// Tokens in any order, as the ascending runs of an expression.
 std::vector<std::int64_t> runs_of(at::IntArrayRef tokens) {
   std::vector<std::int64_t> sorted(tokens.begin(), tokens.end());
   std::sort(sorted.begin(), sorted.end());
   std::vector<std::int64_t> runs;
   for (const std::int64_t t : sorted) {
-    TORCH_CHECK_VALUE(keys_needed(t) < kInfinite / 8 && t > -kInfinite / 8,
-                      "sparse_attn: expected tokens of a sensible size, got ", t);
+    TORCH_CHECK_VALUE(-kMostTokens < t && t < kMostTokens, "sparse_attn: expected tokens in (",
+                      -kMostTokens, ", ", kMostTokens, "), got ", t);
     const bool follows = !runs.empty() && t <= runs.back() && (runs.back() != 0 || t < 0);
     if (follows) {
       runs.back() = std::max(runs.back(), t + 1);
@@ -45,30 +48,21 @@ Expression window_and_tokens(at::IntArrayRef tokens, std::int64_t left, std::int
 }
 
 Outputs forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                const Expression& pattern, const OptionalTensor& key_padding_mask,
+                at::IntArrayRef pattern, const OptionalTensor& key_padding_mask,
                 const OptionalTensor& global_mask, std::optional<double> scale, bool enable_gqa) {
-  return call_attention({query,
-                         key,
-                         value,
-                         encode(pattern),
-                         {},
-                         key_padding_mask,
-                         global_mask,
-                         {},
-                         {},
-                         0.0,
-                         {},
-                         scale,
-                         {},
-                         {},
-                         enable_gqa});
+  AttentionArguments arguments{query, key, value, pattern};
+  arguments.key_padding_mask = key_padding_mask;
+  arguments.global_mask = global_mask;
+  arguments.scale = scale;
+  arguments.enable_gqa = enable_gqa;
+  return call_attention(arguments);
 }
 
 Outputs window_front(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      std::int64_t left, std::optional<std::int64_t> right,
                      const OptionalTensor& key_padding_mask, const OptionalTensor& global_mask,
                      std::optional<double> scale, bool enable_gqa) {
-  return forward(query, key, value, window(left, right.value_or(left), 1), key_padding_mask,
+  return forward(query, key, value, encode(window(left, right.value_or(left), 1)), key_padding_mask,
                  global_mask, scale, enable_gqa);
 }
 
@@ -76,8 +70,8 @@ Outputs dilated_front(const at::Tensor& query, const at::Tensor& key, const at::
                       std::int64_t left, std::optional<std::int64_t> right, std::int64_t dilation,
                       const OptionalTensor& key_padding_mask, const OptionalTensor& global_mask,
                       std::optional<double> scale, bool enable_gqa) {
-  return forward(query, key, value, window(left, right.value_or(left), dilation), key_padding_mask,
-                 global_mask, scale, enable_gqa);
+  return forward(query, key, value, encode(window(left, right.value_or(left), dilation)),
+                 key_padding_mask, global_mask, scale, enable_gqa);
 }
 
 Outputs global_front(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -85,7 +79,8 @@ Outputs global_front(const at::Tensor& query, const at::Tensor& key, const at::T
                      std::int64_t dilation, const OptionalTensor& key_padding_mask,
                      const OptionalTensor& global_mask, std::optional<double> scale,
                      bool enable_gqa) {
-  return forward(query, key, value, window_and_tokens(tokens, left, right.value_or(left), dilation),
+  return forward(query, key, value,
+                 encode(window_and_tokens(tokens, left, right.value_or(left), dilation)),
                  key_padding_mask, global_mask, scale, enable_gqa);
 }
 
@@ -162,21 +157,8 @@ TORCH_LIBRARY_IMPL(sparse_attn, CompositeImplicitAutograd, m) {
 
 OutputAndLogsumexp attention(const at::Tensor& query, const at::Tensor& key,
                              const at::Tensor& value, at::IntArrayRef pattern, const Options& o) {
-  return call_attention({query,
-                         key,
-                         value,
-                         pattern,
-                         {},
-                         o.key_padding_mask,
-                         o.global_mask,
-                         {},
-                         {},
-                         0.0,
-                         {},
-                         o.scale,
-                         {},
-                         {},
-                         o.enable_gqa});
+  return forward(query, key, value, pattern, o.key_padding_mask, o.global_mask, o.scale,
+                 o.enable_gqa);
 }
 
 OutputAndLogsumexp window_attention(const at::Tensor& query, const at::Tensor& key,

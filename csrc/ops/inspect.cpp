@@ -10,13 +10,15 @@
 namespace sparse_attn {
 namespace {
 
+/// A plan of this many tokens takes about a gigabyte.
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 28;
+
 Sizes check_sizes(std::int64_t n_q, std::int64_t n_k) {
-  TORCH_CHECK_VALUE(n_q >= 0 && n_k >= 0,
-                    "sparse_attn: expected n_q and n_k to be at least 0, got ", n_q, " and ", n_k);
+  const auto fits = [](std::int64_t n) { return 0 <= n && n <= kMostTokens; };
+  TORCH_CHECK_VALUE(fits(n_q) && fits(n_k), "sparse_attn: expected n_q and n_k from 0 to ",
+                    kMostTokens, ", got ", n_q, " and ", n_k);
   return {n_q, n_k};
 }
-
-void pattern_check(at::IntArrayRef pattern) { check_pattern(pattern); }
 
 bool pattern_causal(at::IntArrayRef pattern) { return is_causal(check_pattern(pattern)); }
 
@@ -88,7 +90,6 @@ std::string pattern_plan(at::IntArrayRef words, std::int64_t n_q, std::int64_t n
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparse_attn, CompositeImplicitAutograd, m) {
-  m.impl("_pattern_check", TORCH_FN(pattern_check));
   m.impl("_pattern_causal", TORCH_FN(pattern_causal));
   m.impl("_pattern_mask", TORCH_FN(pattern_mask));
   m.impl("_pattern_cost", TORCH_FN(pattern_cost));

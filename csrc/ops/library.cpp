@@ -43,14 +43,13 @@ TORCH_LIBRARY(sparse_attn, m) {
 
   for (const auto& [name, pattern] :
        {std::pair<std::string, std::string>{"window_attention", "int left, int? right=None"},
-        {"dilated_attention", "int left, int? right, int dilation"},
+        {"dilated_attention", "int left, int? right=None, int dilation=1"},
         {"global_attention", "int[] tokens, int left, int? right=None, int dilation=1"}}) {
     define(front(name, pattern));
     define(backward(name, pattern));
   }
 
   // What patterns know about themselves; there is no tensor among the arguments.
-  m.def("_pattern_check(int[] pattern) -> ()");
   m.def("_pattern_causal(int[] pattern) -> bool");
   m.def("_pattern_mask(int[] pattern, int n_q, int n_k, int? heads=None) -> Tensor");
   m.def("_pattern_cost(int[] pattern, int n_q, int n_k, int[]? tile=None) -> int[]");

@@ -9,10 +9,9 @@ namespace {
 
 Outputs attention_meta(c10::DispatchKeySet, const AttentionArguments& a) {
   check_attention(a);
-  const auto type = a.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   return {empty_rows(a.query, a.value.sym_size(3)),
           at::empty_symint({a.query.sym_size(0), a.query.sym_size(1), a.query.sym_size(2)},
-                           a.query.options().dtype(type))};
+                           a.query.options().dtype(lse_type(a.query)))};
 }
 
 Gradients backward_meta(c10::DispatchKeySet, const BackwardArguments& a) {

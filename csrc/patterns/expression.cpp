@@ -176,8 +176,8 @@ Terms expand_window(const std::vector<std::int64_t>& v) {
 std::int64_t keys_needed(std::int64_t token) { return token < 0 ? -token : token + 1; }
 
 std::string token_error(std::int64_t token, std::int64_t n_k) {
-  return "expected global tokens in [" + std::to_string(-n_k) + ", " + std::to_string(n_k) +
-         "), the keys, got " + std::to_string(token);
+  return "expected pattern to have tokens in [" + std::to_string(-n_k) + ", " +
+         std::to_string(n_k) + "), the keys, got " + std::to_string(token);
 }
 
 Expression parse(const std::int64_t* words, std::int64_t count) {

@@ -1,9 +1,12 @@
 // The expression that a user wrote, as it crosses the op schema: a short list of integers in prefix
 // order.
 //
-//   kWindow left right dilation     kGlobalKeys n (start stop)*n     kGlobalQueries n (start
-//   stop)*n kUnion n expr*n                 kIntersection n expr*n           kPerHead n expr*n
-//   (outermost only)
+//   kWindow left right dilation
+//   kGlobalKeys n (start stop)*n
+//   kGlobalQueries n (start stop)*n
+//   kUnion n expr*n
+//   kIntersection n expr*n
+//   kPerHead n expr*n                (outermost only)
 //
 // Tokens are runs [start, stop) of ascending integers; negative ones count from the end. Full() is
 // an unbounded window, Causal() one that is unbounded to the left, Global(t) the union of

@@ -62,7 +62,6 @@ class Window final : public PrimitiveBase<Window> {
   }
 
   std::int64_t step() const override { return dilation_; }
-  bool causal() const { return ahead_ == 0; }
 
  private:
   bool on_lattice(const TokenSet& set) const {

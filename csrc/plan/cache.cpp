@@ -32,7 +32,7 @@ class LruCache {
     if (const auto found = index_.find(key); found != index_.end()) return found->second->second;
     order_.emplace_front(key, made);
     index_[key] = order_.begin();
-    bytes_ += made->bytes();
+    bytes_ += bytes(order_.front());
     while (order_.size() > kMostEntries || (bytes_ > kMostBytes && order_.size() > 1))
       drop_oldest();
     return made;
@@ -53,8 +53,13 @@ class LruCache {
  private:
   using Entries = std::list<std::pair<Words, std::shared_ptr<const Value>>>;
 
+  /// A key, which lists all global tokens, is held twice.
+  static std::int64_t bytes(const typename Entries::value_type& entry) {
+    return 2 * bytes_of(entry.first) + entry.second->bytes();
+  }
+
   void drop_oldest() {
-    bytes_ -= order_.back().second->bytes();
+    bytes_ -= bytes(order_.back());
     index_.erase(order_.back().first);
     order_.pop_back();
   }

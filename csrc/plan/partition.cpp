@@ -219,7 +219,7 @@ Schedule::Schedule(std::shared_ptr<const Plan> plan, Direction direction, int ch
 }
 
 std::int64_t Schedule::bytes() const {
-  std::int64_t total = 0;
+  std::int64_t total = plan_->bytes();
   for (const PassPartition& p : partitions_) total += p.bytes();
   return total;
 }

@@ -40,7 +40,7 @@ class Schedule {
 
   const Plan& plan() const { return *plan_; }
   const PlanView& view() const { return view_; }
-  /// Of the partition; the plan counts its own.
+  /// Of the partition and of the plan, which it keeps alive.
   std::int64_t bytes() const;
 
  private:

@@ -67,7 +67,7 @@ class LongformerSelfAttention(nn.Module):
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.attention_window = attention_window
-        self.dilation = dilation if isinstance(dilation, int) else tuple(dilation)
+        self.dilation = tuple(dilation) if isinstance(dilation, Iterable) else dilation
         self.dropout = dropout
         self.causal = causal
         self.pattern = _window(attention_window, self.dilation, num_heads, causal)
@@ -114,7 +114,7 @@ class LongformerSelfAttention(nn.Module):
         query, key, value = self._project(hidden_states, "query", "key", "value")
         output = self._attend(query, key, value, self.pattern, padding, is_global)
         if is_global is None:
-            output = output + self._zero_of_unused()
+            output = output + self._zero_of_unused() if torch.is_grad_enabled() else output
         else:
             parts = self._project(hidden_states, "query_global", "key_global", "value_global")
             global_output = self._attend(*parts, self.global_pattern, padding, is_global)
@@ -176,7 +176,7 @@ def _window(attention_window: int, dilation, num_heads: int, causal: bool) -> Pa
         # A window of the token alone counts as causal, and would make its global tokens causal too.
         return window if window.left > 0 else window | GlobalKeys([])
 
-    if isinstance(dilation, int):
+    if not isinstance(dilation, tuple):
         return one(dilation)
     if len(dilation) != num_heads:
         raise ValueError(

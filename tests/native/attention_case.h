@@ -368,13 +368,18 @@ struct Sum {
   }
 };
 
-/// Whether `got` is `expected` up to some roundings of the arithmetic and one of the storage type.
-inline bool near(double got, const Sum& expected, DataType type) {
+/// Checks that `got` is `expected` up to some roundings of the arithmetic, one of the storage type,
+/// and probabilities below the normal numbers, which are flushed to zero.
+inline void check_near(const char* what, double got, const Sum& expected, DataType type) {
   constexpr double kRoundings = 8.0;
-  const double unit = type == DataType::kFloat64 ? 0x1p-53 : 0x1p-24;
-  double bound = kRoundings * unit * expected.size;
+  const bool is_double = type == DataType::kFloat64;
+  double bound = kRoundings * (is_double ? 0x1p-53 : 0x1p-24) * expected.size;
+  bound += is_double ? 1e-300 : 1e-30;
   if (size_of(type) == 2) bound += 0.5 * half_format(type).unit(std::fabs(expected.value) + bound);
-  return std::fabs(got - expected.value) <= bound;
+  if (!check::count(std::fabs(got - expected.value) <= bound) && check::loud()) {
+    check::fail(__FILE__, __LINE__) << "expected " << what << " within " << bound << " of "
+                                    << expected.value << ", got " << got << "\n";
+  }
 }
 
 inline Sum dot(const Tensor& a, const Tensor& b, std::int64_t batch, std::int64_t head_a,
@@ -410,7 +415,8 @@ inline void check_forward(const Case& c, const Results& results) {
           CHECK_EQUAL(lse, -static_cast<double>(INFINITY));
         } else {
           const double expected = top + std::log(total);
-          CHECK(near(lse, {expected, error + std::fabs(expected)}, real_type(c.type)));
+          check_near("log-sum-exp", lse, {expected, error + std::fabs(expected)},
+                     real_type(c.type));
         }
         for (std::int64_t v = 0; v < s.value_dim; ++v) {
           Sum expected;
@@ -420,7 +426,7 @@ inline void check_forward(const Case& c, const Results& results) {
           }
           const double got = results.output.get(b, h, i, v);
           if (keys.empty()) CHECK_EQUAL(got, 0.0);
-          CHECK(near(got, expected, c.type));
+          check_near("output", got, expected, c.type);
         }
       }
     }
@@ -459,17 +465,18 @@ inline void check_backward(const Case& c, const Results& results) {
             }
           }
           for (std::int64_t d = 0; d < s.head_dim; ++d)
-            CHECK(near(results.grad_query.get(b, h, i, d), grad_query[index(d)], c.type));
+            check_near("grad_query", results.grad_query.get(b, h, i, d), grad_query[index(d)],
+                       c.type);
         }
       }
       for (std::int64_t j = 0; j < n_k; ++j) {
         for (std::int64_t d = 0; d < s.head_dim; ++d) {
-          CHECK(
-              near(results.grad_key.get(b, kv, j, d), grad_key[index(j * s.head_dim + d)], c.type));
+          check_near("grad_key", results.grad_key.get(b, kv, j, d),
+                     grad_key[index(j * s.head_dim + d)], c.type);
         }
         for (std::int64_t v = 0; v < s.value_dim; ++v) {
-          CHECK(near(results.grad_value.get(b, kv, j, v), grad_value[index(j * s.value_dim + v)],
-                     c.type));
+          check_near("grad_value", results.grad_value.get(b, kv, j, v),
+                     grad_value[index(j * s.value_dim + v)], c.type);
         }
       }
     }
