@@ -351,6 +351,14 @@ def test_large_logits(dtype):
     assert all(x.isfinite().all() for x in torch.autograd.grad(output.sum() + lse.sum(), leaves))
 
 
+@pytest.mark.parametrize("factor", [1e1, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize("expression", ["Full()", "Window(9) | Window(5, dilation=3)"])
+def test_peaked_rows(expression, factor):
+    """With logits up to 1e9 each row is one key's, and no more may be lost than torch loses."""
+    query, key, value = inputs(Shape(n_q=67, head_dim=16))
+    check(expression, [factor * query, factor * key, value])
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_logits_near_the_largest_float(sign):
     query = torch.full((1, 1, 9, 4), 1e18)
@@ -413,3 +421,34 @@ def test_the_set_counts_a_key_once():
     once = attention(*tensors, Window(9))
     twice = attention(*tensors, Window(9) | Window(5) | Window(9, 0) | Window(0, 9))
     torch.testing.assert_close(twice, once)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["window", "dilated_5", "global", "causal_global"])
+def test_padded_keys_are_ignored_whatever_they_hold(name, dtype):
+    shape = Shape(n_q=150, head_dim=16)
+    clean = inputs(shape, dtype)
+    dirty = inputs(shape, dtype)
+    mask = cases.padding(shape.batch, 150)
+    for tensor in dirty[1:]:
+        tensor.masked_fill_(mask[:, None, :, None], math.nan)
+    results = []
+    for tensors in (clean, dirty):
+        leaves = [x.requires_grad_() for x in tensors]
+        output = attention(*leaves, cases.library(PATTERNS[name]), key_padding_mask=mask)
+        results.append([output, *torch.autograd.grad(output.sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_keys_have_no_gradient_whatever_comes(dtype):
+    tensors = [x.requires_grad_() for x in inputs(Shape(n_q=70, head_dim=16), dtype)]
+    mask = torch.zeros(tensors[0].shape[0], 70, dtype=torch.bool)
+    mask[:, 3] = True  # and query 3 sees only itself
+    output = attention(*tensors, Window(0), key_padding_mask=mask)
+    grad = torch.ones_like(output)
+    grad[:, :, 3] = math.nan
+    for gradient in torch.autograd.grad(output, tensors, grad):
+        assert gradient.isfinite().all()
+        assert (gradient[:, :, 3] == 0).all()
