@@ -242,15 +242,47 @@ struct Case {
       grad_lse = Numbers(real_type(type), count);
       for (std::int64_t i = 0; i < count; ++i) grad_lse.set(i, random.real());
     }
+    spoil_unused_rows();
+  }
+
+  /// Padded keys, and queries that see no key, count as zero whatever they hold: here NaN.
+  void spoil_unused_rows() {
+    const auto spoil = [](Tensor& tensor, std::int64_t b, std::int64_t h, std::int64_t i,
+                          std::int64_t size) {
+      for (std::int64_t c = 0; c < size; ++c) tensor.set(b, h, i, c, std::nan(""));
+    };
+    for (std::int64_t b = 0; b < shape.batch; ++b) {
+      for (std::int64_t h = 0; h < shape.heads_kv; ++h) {
+        for (std::int64_t j = 0; j < shape.sizes.n_k; ++j) {
+          if (!is_padded(b, j)) continue;
+          spoil(key, b, h, j, shape.head_dim);
+          spoil(value, b, h, j, shape.value_dim);
+        }
+      }
+      for (std::int64_t h = 0; h < shape.heads(); ++h) {
+        const std::vector<char> pairs = dense(pattern(h), shape.sizes);
+        for (std::int64_t i = 0; i < shape.sizes.n_q; ++i) {
+          bool any = false;
+          for (std::int64_t j = 0; j < shape.sizes.n_k; ++j)
+            any = any || sees_key(pairs, b, i, j);
+          if (any) continue;
+          spoil(query, b, h, i, shape.head_dim);
+          spoil(grad_output, b, h, i, shape.value_dim);
+          if (!grad_lse.bytes().empty()) grad_lse.set(lse_at(b, h, i), std::nan(""));
+        }
+      }
+    }
   }
 
   const Expression& pattern(std::int64_t head) const {
     return patterns[patterns.size() == 1 ? 0 : index(head)];
   }
+  bool is_padded(std::int64_t b, std::int64_t j) const {
+    return !padding.empty() && padding[index(b * shape.sizes.n_k + j)];
+  }
   bool sees_key(const std::vector<char>& pairs, std::int64_t b, std::int64_t i,
                 std::int64_t j) const {
-    const bool padded = !padding.empty() && padding[index(b * shape.sizes.n_k + j)];
-    return pairs[index(i * shape.sizes.n_k + j)] && !padded;
+    return pairs[index(i * shape.sizes.n_k + j)] && !is_padded(b, j);
   }
   std::int64_t lse_at(std::int64_t b, std::int64_t h, std::int64_t i) const {
     return (b * shape.heads() + h) * shape.sizes.n_q + i;

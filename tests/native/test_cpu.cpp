@@ -140,11 +140,26 @@ void test_rows_without_keys() {
     shape.sizes = {20, 20};
     Case padded(random, type, shape, {full()});
     padded.padding.assign(40, 1);
+    padded.spoil_unused_rows();
     check_case(padded);
     Case empty(random, type, shape, {global_keys({})});
     check_case(empty);
     Case turned(random, type, shape, {all_of({window(0, 0), global_keys({3, 4})})});
     check_case(turned);
+  }
+}
+
+/// More packed tiles of full size than a thread keeps: all of its memory is in use, to the last
+/// byte.
+void test_whole_workspace() {
+  Random random(9);
+  for (const DataType type : kTypes) {
+    Shape shape;
+    shape.heads_kv = 2;
+    shape.sizes = {64, 17 * 64};
+    shape.layout = Layout::kTokensFirst;
+    Case c(random, type, shape, {full()});
+    check_case(c);
   }
 }
 
@@ -238,6 +253,7 @@ int main() {
   test_several_passes();
   test_global_tokens_in_chunks();
   test_rows_without_keys();
+  test_whole_workspace();
   test_large_logits();
   test_half_values_pass_through();
   test_nan_is_not_hidden();

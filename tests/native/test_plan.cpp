@@ -460,6 +460,8 @@ void test_cache_is_bounded_in_bytes() {
     CHECK(bytes <= std::int64_t{128} << 20);
   }
   CHECK(plan_cache_size() < 10);
+  for (std::int64_t left = 0; left < 20; ++left) cached_plan(window(left, 0), {4, 4});
+  CHECK(plan_cache_size() >= 20);  // those that left are no longer counted
   clear_plan_cache();
 }
 

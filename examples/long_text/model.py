@@ -1,0 +1,141 @@
+"""A byte-level causal language model in the style of Longformer."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparse_attn
+from sparse_attn import Causal, Global, Window
+
+VOCABULARY = 256  # bytes
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of the model. `attention` is "sparse" or "full"; the parameters are the same."""
+
+    layers: int = 4
+    width: int = 192
+    heads: int = 3
+    window: int = 128
+    buckets: int = 8192
+    attention: str = "sparse"
+
+    def __post_init__(self):
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"expected a width that is a multiple of 2 * heads = {2 * self.heads} "
+                f"(rotary positions pair the channels), got {self.width}"
+            )
+        if self.attention not in ("sparse", "full"):
+            raise ValueError(f"expected attention 'sparse' or 'full', got {self.attention!r}")
+
+    @property
+    def dilations(self) -> list[int]:
+        """1 in the lower half, which reads the neighborhood, then 2, 4, 8, ... for reach."""
+        return [2 ** max(0, layer + 1 - (self.layers + 1) // 2) for layer in range(self.layers)]
+
+    def pattern(self, layer: int, window: int | None = None):
+        """The pairs that a layer may look at: a dilated window to the left, and byte 0."""
+        left = self.window if window is None else window
+        return (Window(left, 0, dilation=self.dilations[layer]) | Global([0])) & Causal()
+
+
+def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: turn pairs of channels of x (B, N, ..., D) by the angles of `turns`."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
+
+
+class NgramEmbedding(nn.Module):
+    """Embeds each byte, and by hash the pair and the triple of bytes that end with it.
+
+    The tables of pairs and triples know soon what usually follows them, which leaves the blocks
+    the longer context to learn (Byte Latent Transformer, section 3.2.1).
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.byte = nn.Embedding(VOCABULARY, config.width)
+        self.pair = nn.Embedding(config.buckets, config.width)
+        self.triple = nn.Embedding(config.buckets, config.width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        before = F.pad(tokens, (2, 0))
+        pairs = tokens + VOCABULARY * before[:, 1:-1]
+        triples = pairs + VOCABULARY**2 * before[:, :-2]
+        x = self.byte(tokens)
+        for table, code in ((self.pair, pairs), (self.triple, triples)):
+            x = x + table(code * 2654435761 % 4294967291 % table.num_embeddings)
+        return x
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.pattern = config.pattern(layer) if config.attention == "sparse" else None
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def attend(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
+        query, key = rotate(qkv[:, :, :2], turns).transpose(1, 3).unbind(2)  # (B, H, N, D)
+        value = qkv[:, :, 2].transpose(1, 2)
+        if self.pattern is None:
+            heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            heads = sparse_attn.attention(query, key, value, self.pattern)
+        return self.project(heads.transpose(1, 2).flatten(2))
+
+    def forward(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        x = x + self.attend(self.norm1(x), turns)
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class ByteModel(nn.Module):
+    """Bytes (B, N) to the logits (B, N, 256) of the byte after each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embedding = NgramEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, Block):  # comes after its layers: the stream keeps its size
+            for linear in (module.project, module.down):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.layers))
+
+    def turns(self, length: int, device: torch.device) -> torch.Tensor:
+        """Rotary factors e^(i * position * frequency), shaped to fit (B, N, 2, H, D / 2)."""
+        half = self.config.width // self.config.heads // 2
+        frequency = 10000.0 ** -(torch.arange(half, device=device) / half)
+        angles = torch.outer(torch.arange(length, device=device), frequency)
+        return torch.polar(torch.ones_like(angles), angles)[:, None, None]
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        turns = self.turns(tokens.shape[1], tokens.device)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, turns)
+        return F.linear(self.norm(x), self.embedding.byte.weight)  # tied to the embedding
+
+
+def build_model(config: Config | None = None) -> ByteModel:
+    """A freshly initialized model of this shape (of the default one without a `config`)."""
+    return ByteModel(config or Config())

@@ -1,0 +1,227 @@
+"""Train a byte-level language model with sparse attention on real text, and show what it learned.
+
+The model is Longformer's for text: every layer reads a causal window of the bytes before, with
+dilations that grow with depth, and byte 0 of the window. It is trained on sequences of 4096
+bytes of the Python reference that CPython ships (or on --text FILE), then measured on the last
+tenth of the text, beside a model of two bytes of context.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from long_text.baseline import two_byte_bits
+from long_text.data import DataError, load_corpus
+from long_text.measure import compare, measure, peak_memory
+from long_text.model import Config, build_model
+from long_text.plots import save_figure
+from long_text.sample import generate
+from long_text.training import Settings, Trainer, held_out_bits, load_checkpoint, set_threads
+
+__all__ = ["Config", "build_model", "main"]
+
+
+def positive(kind: type):
+    """An argparse type: a finite number above zero."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number above zero, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def count(text: str) -> int:
+    """An argparse type: an int that is zero or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected zero or more, got {text}")
+    return value
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All options; the defaults of the model and of the training are those of their classes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,  # --compare hands the options on
+    )
+    config, settings, whole = Config(), Settings(), positive(int)
+    add = parser.add_argument_group("text").add_argument
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="train on this file instead of the Python reference",
+    )
+    add("--length", type=whole, default=settings.length, help="bytes of a sequence")
+    add("--batch", type=whole, default=settings.batch, help="sequences of a step")
+    add = parser.add_argument_group("model").add_argument
+    add("--attention", choices=["sparse", "full"], default=config.attention,
+        help="sparse: sparse_attn.attention; full: scaled_dot_product_attention")  # fmt: skip
+    add("--layers", type=whole, default=config.layers, help="blocks")
+    add("--width", type=whole, default=config.width, help="channels of the stream")
+    add("--heads", type=whole, default=config.heads, help="attention heads")
+    add("--window", type=whole, default=config.window, help="keys to the left of each query")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=whole, default=settings.steps, help="updates")
+    add("--minutes", type=positive(float),
+        help="as many updates as fit into about so many minutes, instead of --steps")  # fmt: skip
+    add("--learning-rate", type=positive(float), default=settings.learning_rate, help="at its top")
+    add("--seed", type=count, default=settings.seed, help="of weights, data, sample (default: 0)")
+    add("--threads", type=whole, help="CPU threads instead of torch's choice")
+    add = parser.add_argument_group("result").add_argument
+    add("--out", type=Path, default=Path("runs/long_text"), help="directory for all results")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out")
+    add("--prompt", default="The ", help="the sample goes on from here")
+    add("--sample-bytes", type=count, default=300, help="length of the sample")
+    add("--check", action="store_true", help="exit with 1 if the model does not beat the baseline")
+    add("--compare", action="store_true",
+        help="only print time per step and peak memory, sparse beside full")  # fmt: skip
+    add("--measure", action="store_true", help=argparse.SUPPRESS)  # one row of --compare
+    return parser
+
+
+def pick(kind: type, args: argparse.Namespace, stored: dict | None = None):
+    """A `Config` or `Settings` from the options, or from a checkpoint that they must not deny."""
+    given = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
+    if stored is None:
+        return kind(**given)
+    for name, value in given.items():
+        if value not in (getattr(kind(), name), stored[name]):
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"the checkpoint was made with --{option} {stored[name]}, not {value}: "
+                f"leave --{option} out, or start anew in another --out"
+            )
+    return kind(**stored)
+
+
+def prepare(args: argparse.Namespace) -> Trainer:
+    """The trainer that the options ask for, new or resumed."""
+    path = args.out / "checkpoint.pt"
+    state = load_checkpoint(path) if args.resume else None
+    config = pick(Config, args, state and state["config"])
+    settings = pick(Settings, args, state and state["settings"])
+    corpus = load_corpus(args.text, settings.length)
+    if state and state["text"] != corpus.fingerprint:
+        raise ValueError(f"the checkpoint was trained on another text than {corpus.name}")
+    trainer = Trainer(config, settings, corpus)
+    if state:
+        trainer.restore(state)
+        print(f"Resuming at step {trainer.step} of {settings.steps}")
+    elif path.exists() and not args.measure:
+        path.replace(args.out / "previous.pt")
+        print(f"Starting anew; the checkpoint of the run before is now {args.out}/previous.pt")
+    return trainer
+
+
+def describe(trainer: Trainer) -> None:
+    """Say what is about to be trained."""
+    config, corpus, settings = trainer.model.config, trainer.corpus, trainer.settings
+    size = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        f"{corpus.name}: {len(corpus.train)} bytes to train on, {len(corpus.held_out)} held out\n"
+        f"{size / 1e6:.1f} M parameters, {config.layers} layers of {config.heads} heads, "
+        f"sequences of {settings.length} bytes"
+    )
+    for layer in range(config.layers if config.attention == "sparse" else 0):
+        print(f"  layer {layer + 1}: {config.pattern(layer)}")
+    sys.stdout.flush()
+
+
+def printable(text: bytes) -> str:
+    """Text that is safe to show on a terminal, whatever the model wrote."""
+    decoded = text.decode(errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in decoded)
+
+
+def report(trainer: Trainer, args: argparse.Namespace) -> bool:
+    """Measure, sample and draw a trained model; returns whether it beat the baseline."""
+    corpus, settings, history = trainer.corpus, trainer.settings, trainer.history
+    bits = held_out_bits(trainer.model, corpus, settings.length)
+    baseline = two_byte_bits(corpus.train, corpus.held_out)
+    history.held_out.append((trainer.step, bits))
+    speed = len(history.train) * settings.batch * settings.length / history.seconds
+    print(
+        f"\nheld-out text, {len(corpus.held_out)} bytes:\n"
+        f"  this model            {bits:.3f} bits/byte\n"
+        f"  two bytes of context  {baseline:.3f} bits/byte\n"
+        f"{trainer.step} steps in {history.seconds:.0f} s, {speed / 1e3:.1f} kB/s, "
+        f"peak memory {peak_memory() / 2**20:.0f} MiB"
+    )
+    prompt = args.prompt.encode(errors="surrogateescape")
+    text = generate(trainer.model, prompt, args.sample_bytes, settings.seed)
+    sample = printable(prompt + text)
+    if args.sample_bytes:
+        print(f"\na sample:\n{sample}\n")
+    results = {
+        "held_out_bits": bits,
+        "baseline_bits": baseline,
+        "seconds": history.seconds,
+        "bytes_per_second": speed,
+        "peak_memory": peak_memory(),
+        "config": asdict(trainer.model.config),
+        "settings": asdict(settings),
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (args.out / "sample.txt").write_text(sample, encoding="utf-8")
+    save_figure(args.out / "training.png", history, baseline, trainer.model.config)
+    print(f"{args.out}: training.png, results.json, sample.txt, checkpoint.pt")
+    return bits < baseline
+
+
+def run(trainer: Trainer, args: argparse.Namespace) -> int:
+    """Train and report; returns the exit status."""
+    describe(trainer)
+    if not trainer.train(args.out / "checkpoint.pt"):
+        text = f" --text {args.text}" if args.text else ""
+        print(f"Stopped at step {trainer.step}. To go on: --resume --out {args.out}{text}")
+        return 130
+    if report(trainer, args):
+        return 0
+    print("The model did not beat two bytes of context: train it longer (--steps).")
+    return 1 if args.check else 0
+
+
+def main() -> int:
+    """The command line."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.compare:
+        own = [word for word in sys.argv[1:] if word not in ("--compare", "--resume")]
+        return compare(Path(__file__), own, args.batch * args.length)
+    if args.threads:
+        set_threads(args.threads)
+    try:
+        if not args.measure:
+            args.out.mkdir(parents=True, exist_ok=True)
+        trainer = prepare(args)
+    except (DataError, ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    try:
+        if args.measure:
+            print(json.dumps(measure(trainer)))
+            return 0
+        return run(trainer, args)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
