@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,14 @@ MODULES = ["sparse_attn"] + [
 ]
 
 
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name):
     results = doctest.testmod(
         importlib.import_module(name),
-        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+        optionflags=OPTIONS,
     )
     assert results.failed == 0
 
@@ -29,3 +33,10 @@ def test_there_are_examples():
     finder = doctest.DocTestFinder()
     tests = [test for name in MODULES for test in finder.find(importlib.import_module(name))]
     assert sum(len(test.examples) for test in tests) > 0
+
+
+def test_examples_of_the_ops_page():
+    page = Path(__file__).parent.parent / "docs" / "ops.md"
+    result = doctest.testfile(str(page), module_relative=False, optionflags=OPTIONS)
+    assert result.attempted > 10
+    assert result.failed == 0

@@ -217,7 +217,7 @@ struct Case {
   Numbers grad_lse;                   // empty = none
 
   Case(Random& random, DataType type_, Shape shape_, std::vector<Expression> patterns_,
-       TileShape tile_ = {}, int chunks_ = 1)
+       TileShape tile_ = {}, int chunks_ = 1, int padded_percent = 40)
       : type(type_),
         shape(shape_),
         scale(1.0 / std::sqrt(static_cast<double>(shape_.head_dim))),
@@ -234,7 +234,7 @@ struct Case {
     key = tensor(shape.heads_kv, n_k, shape.head_dim);
     value = tensor(shape.heads_kv, n_k, shape.value_dim);
     grad_output = tensor(shape.heads(), n_q, shape.value_dim);
-    if (random.chance(40)) {
+    if (random.chance(padded_percent)) {
       for (std::int64_t i = 0; i < shape.batch * n_k; ++i) padding.push_back(random.chance(30));
     }
     if (random.chance(50)) {
@@ -263,8 +263,7 @@ struct Case {
         const std::vector<char> pairs = dense(pattern(h), shape.sizes);
         for (std::int64_t i = 0; i < shape.sizes.n_q; ++i) {
           bool any = false;
-          for (std::int64_t j = 0; j < shape.sizes.n_k; ++j)
-            any = any || sees_key(pairs, b, i, j);
+          for (std::int64_t j = 0; j < shape.sizes.n_k; ++j) any = any || sees_key(pairs, b, i, j);
           if (any) continue;
           spoil(query, b, h, i, shape.head_dim);
           spoil(grad_output, b, h, i, shape.value_dim);

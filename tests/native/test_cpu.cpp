@@ -185,8 +185,7 @@ void test_half_values_pass_through() {
     shape.sizes = {1, 1};
     shape.value_dim = 256;
     for (std::int64_t first = 0; first < 0x10000; first += shape.value_dim) {
-      Case c(random, type, shape, {full()});
-      c.padding.clear();
+      Case c(random, type, shape, {full()}, {}, 1, 0);
       for (std::int64_t v = 0; v < shape.value_dim; ++v) {
         c.value.set(0, 0, 0, v,
                     half_to_double(static_cast<std::uint16_t>(first + v), half_format(type)));
@@ -210,8 +209,7 @@ void test_nan_is_not_hidden() {
   for (const DataType type : kTypes) {
     Shape shape;
     shape.sizes = {64, 64};
-    Case c(random, type, shape, {window(0, 0)}, {16, 16});
-    c.padding.clear();
+    Case c(random, type, shape, {window(0, 0)}, {16, 16}, 1, 0);
     c.key.set(0, 0, 20, 3, std::nan(""));
     for (const char* isa : isas()) {
       check::context = std::string(isa) + ", " + c.to_string();
