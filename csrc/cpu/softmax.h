@@ -13,8 +13,9 @@ constexpr double kLog2E = 1.4426950408889634074;
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-/// Constants of e^x = 2^n 2^f: the polynomial in f whose greatest relative distance from 2^f on
-/// [-1/2, 1/2] is least. A Taylor polynomial needs one or two terms more.
+/// Constants of e^x = 2^n e^r with |r| <= (ln 2) / 2: the polynomial in r whose greatest relative
+/// distance from e^r is least (a Taylor polynomial needs one or two terms more), and ln 2 in two
+/// parts, of which n times the first is exact.
 template <class T>
 struct ExpConstants;
 
@@ -24,14 +25,16 @@ struct ExpConstants<float> {
   static constexpr float kRound =
       0x1.8p23f + 127.0f;  // adding it rounds, and leaves the biased exponent in the low bits
   static constexpr int kMantissa = 23;
+  static constexpr float kLn2High = 0x1.63p-1f;
+  static constexpr float kLn2Low = -0.000212194440054690583f;
   static constexpr int kTerms = 7;  // distance 3.9e-9
   static constexpr float kPolynomial[kTerms] = {1.0f,
-                                                0.69314722539501108653f,
-                                                0.24022651084117293574f,
-                                                0.055502973141993247575f,
-                                                0.0096180307825051537978f,
-                                                0.0013410000966100157069f,
-                                                0.00015469731977475548114f};
+                                                1.0000000646833270546f,
+                                                0.50000000808002470782f,
+                                                0.16666325694062521396f,
+                                                0.041666240712711107458f,
+                                                0.0083811092900786012807f,
+                                                0.0013948580818093910978f};
 };
 
 template <>
@@ -39,34 +42,34 @@ struct ExpConstants<double> {
   static constexpr double kLeast = -708.3964185322641;
   static constexpr double kRound = 0x1.8p52 + 1023.0;
   static constexpr int kMantissa = 52;
+  static constexpr double kLn2High = 0x1.62e4p-1;
+  static constexpr double kLn2Low = 1.4286068203094172321e-6;
   static constexpr int kTerms = 12;  // distance 1.8e-17
   static constexpr double kPolynomial[kTerms] = {1.0,
-                                                 0.69314718055994569675,
-                                                 0.24022650695910098007,
-                                                 0.055504108664790394552,
-                                                 0.0096181291076070023796,
-                                                 0.0013333558153439964747,
-                                                 0.0001540353044157213033,
-                                                 0.000015252727385193868197,
-                                                 1.3215442675329822143e-6,
-                                                 1.0180647659234138888e-7,
-                                                 7.0725704128144235096e-9,
-                                                 4.078071929588336665e-10};
+                                                 1.0000000000000005588,
+                                                 0.50000000000000055725,
+                                                 0.16666666666657302374,
+                                                 0.04166666666657363583,
+                                                 0.0083333333377154602736,
+                                                 0.0013888888932340796724,
+                                                 0.00019841261491392798694,
+                                                 0.000024801504511037080072,
+                                                 2.7564254929439037522e-6,
+                                                 2.7626296554217169468e-7,
+                                                 2.298131153883436429e-8};
 };
 
-/// e^x for x <= 88; 0 for x = -inf; NaN for NaN. Relative error: 1.5 units in the last place, and
-/// half a unit more for each unit of |x|, from rounding x / ln 2. (x itself, a difference of
-/// logits, has that.)
+/// e^x for x <= 88, within 2 units in the last place; 0 for x = -inf; NaN for NaN.
 template <class T>
 SPARSE_ATTN_INLINE Vec<T> exp(Vec<T> x) {
   using C = ExpConstants<T>;
-  constexpr T kLog2 = static_cast<T>(kLog2E);
   const Vec<T> clamped = x < C::kLeast ? broadcast(C::kLeast) : x;
-  const Vec<T> shifted = clamped * kLog2 + C::kRound;
-  const Vec<T> fraction = clamped * kLog2 - (shifted - C::kRound);
+  const Vec<T> shifted = clamped * static_cast<T>(kLog2E) + C::kRound;
+  const Vec<T> n = shifted - C::kRound;
+  const Vec<T> rest = clamped - n * C::kLn2High - n * C::kLn2Low;
   Vec<T> sum = broadcast(C::kPolynomial[C::kTerms - 1]);
 #pragma GCC unroll 16
-  for (int i = C::kTerms - 2; i >= 0; --i) sum = sum * fraction + C::kPolynomial[i];
+  for (int i = C::kTerms - 2; i >= 0; --i) sum = sum * rest + C::kPolynomial[i];
   const Vec<T> power =
       reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(shifted) << C::kMantissa);
   return x < C::kLeast ? Vec<T>{} : sum * power;  // a product, so that NaN stays NaN

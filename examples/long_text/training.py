@@ -30,7 +30,7 @@ class Settings:
 
     length: int = 4096
     batch: int = 1
-    steps: int = 360
+    steps: int = 300
     minutes: float | None = None
     learning_rate: float = 2e-3
     seed: int = 0
