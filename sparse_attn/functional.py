@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from sparse_attn._library import ops
-from sparse_attn.patterns import Pattern, check_pattern
+from sparse_attn.patterns import KeyLists, Pattern, check_pattern
 
 
 def attention(
@@ -98,6 +100,7 @@ def attention(
         key,
         value,
         pattern.encode(),
+        pattern.tensors(_length(query), _length(key)),
         key_padding_mask=key_padding_mask,
         global_mask=global_mask,
         bias=bias,
@@ -110,6 +113,48 @@ def attention(
         enable_gqa=enable_gqa,
     )
     return (output, lse) if return_lse else output
+
+
+def index_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention of each query over a list of keys of its own: `attention` with `KeyLists`.
+
+    Keys and values are gathered row by row inside the kernel. What is not computed costs nothing,
+    a key that is listed twice counts once, and the backward pass, over the transposed lists, is
+    deterministic.
+
+    Args:
+        query: (batch, heads, n_q, head_dim).
+        key: (batch, heads_kv, n_k, head_dim).
+        value: (batch, heads_kv, n_k, value_dim).
+        indices: (batch or 1, heads or 1, n_q, k) int64 or int32: keys in [0, n_k), in any order.
+        counts: How many of the k hold for each query, (batch or 1, heads or 1, n_q); all if None.
+        **options: Those of `attention`.
+
+    Returns:
+        As `attention`.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape or device does not fit, or an index or a count is out of range.
+
+    >>> import torch
+    >>> query, key, value = (torch.randn(1, 4, 100, 32) for _ in range(3))
+    >>> nearest = (query @ key.mT).topk(8).indices
+    >>> index_attention(query, key, value, nearest).shape
+    torch.Size([1, 4, 100, 32])
+    """
+    return attention(query, key, value, KeyLists(indices, counts), **options)
+
+
+def _length(tensor: Tensor) -> int:
+    return tensor.shape[-2] if tensor.dim() > 1 else 0
 
 
 _REQUIRED = ("query", "key", "value")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from sparse_attn._library import ROOT, ops
-from sparse_attn.patterns import Pattern, check_pattern, check_sizes
+from sparse_attn.patterns import Pattern, check_pattern
+from sparse_attn.patterns.arguments import check_sizes
 
 #: For CMake: `-DCMAKE_PREFIX_PATH=...` makes `find_package(sparse_attn)` work.
 cmake_prefix_path = str(ROOT / "share" / "cmake")
@@ -36,7 +37,7 @@ def plan_info(pattern: Pattern, n_q: int, n_k: int | None = None) -> dict[str, i
     """Say what the engine will do with a pattern, without doing it.
 
     Args:
-        pattern: Any pattern; for a `PerHead` the figures are summed over its list.
+        pattern: Any pattern; if heads or examples differ, the figures are summed over these.
         n_q: Number of queries.
         n_k: Number of keys; as many as queries if None.
 
@@ -51,7 +52,9 @@ def plan_info(pattern: Pattern, n_q: int, n_k: int | None = None) -> dict[str, i
     """
     check_pattern(pattern)
     sizes = check_sizes(n_q, n_k)
-    pairs, visited, size, passes, masks = ops._pattern_cost(pattern.encode(), *sizes)
+    pairs, visited, size, passes, masks, _ = ops._pattern_cost(
+        pattern.encode(), pattern.tensors(*sizes), *sizes
+    )
     return {
         "pairs": pairs,
         "visited_pairs": visited,

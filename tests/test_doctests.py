@@ -6,6 +6,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparse_attn
 
@@ -17,6 +18,8 @@ MODULES = ["sparse_attn"] + [
 ]
 
 
+# Examples of the patterns use one another without importing them each time.
+PUBLIC = sparse_attn.__all__
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -24,6 +27,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 def test_module(name):
     results = doctest.testmod(
         importlib.import_module(name),
+        extraglobs={"torch": torch, **{name: getattr(sparse_attn, name) for name in PUBLIC}},
         optionflags=OPTIONS,
     )
     assert results.failed == 0

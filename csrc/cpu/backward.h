@@ -10,6 +10,7 @@
 
 #include "gemm.h"
 #include "key_tiles.h"
+#include "listed_backward.h"
 #include "scheduler.h"
 #include "softmax.h"
 #include "tile.h"
@@ -83,7 +84,8 @@ class Backward {
         largest(p_, [](const PassView& pass) { return static_cast<int64_t>(pass.key_slots); });
     row_slot_data_ = arena.take<T>(heads * row_slots_ * d_wide_ * kMaxTile);
     key_slot_data_ = arena.take<T>(heads_kv * key_slots_ * (d_wide_ + dv_wide_) * kMaxTile);
-    const bool one_sweep = pass_count(p_) == 1 && largest(p_, chunks_of) == 1;
+    const bool one_pass = pass_count(p_) == 1 && !has_lists(p_);
+    const bool one_sweep = one_pass && largest(p_, chunks_of) == 1;
     if (!kSameType<S, T> || d_ != d_wide_ || dv_ != dv_wide_)
       where_ = one_sweep ? Where::kThread : Where::kWide;
     const int64_t copies = where_ == Where::kTensor   ? 0
@@ -91,8 +93,9 @@ class Backward {
                                                       : heads_kv;
     wide_keys_ = arena.take<T>(copies * p_.n_k * d_wide_);
     wide_values_ = arena.take<T>(copies * p_.n_k * dv_wide_);
-    wide_queries_exist_ = !kSameType<S, T> && pass_count(p_) > 1;
+    wide_queries_exist_ = !kSameType<S, T> && !one_pass;
     if (wide_queries_exist_) wide_queries_ = arena.take<T>(heads * p_.n_q * d_wide_);
+    if (has_lists(p_)) delta_ = arena.take<T>(heads * p_.n_q);
     key_tiles_ = largest(p_, [](const PassView& pass) { return pass.key_tiles.size; });
     Arena one_thread(nullptr);
     Scratch(one_thread, *this);
@@ -130,6 +133,7 @@ class Backward {
         for (int64_t g = 0; g < group_; ++g) add_row_slots(scratch, head_kv * group_ + g, pass);
       });
     }
+    if (has_lists(p_)) run_lists(parallel);
     if (where_ != Where::kWide && !wide_queries_exist_) return;
     for_each_item(parallel, heads_kv, [&](int, int64_t head_kv) {
       if (where_ == Where::kWide) narrow_keys(head_kv, head_kv);
@@ -160,7 +164,8 @@ class Backward {
           gathered_key(arena.take<T>(int64_t{kMaxTile} * b.d_wide_)),
           gathered_value(arena.take<T>(int64_t{kMaxTile} * b.dv_wide_)),
           slot_of(arena.take<int32_t>(b.key_tiles_)),
-          keys(arena, b.d_, b.dv_) {}
+          keys(arena, b.d_, b.dv_),
+          listed(arena, b.d_, b.dv_) {}
 
     T* query_rows;        // packed, when they cannot be read in place
     T* query;             // [head_dim][kMaxTile], scaled
@@ -178,6 +183,7 @@ class Backward {
     T* gathered_value;
     int32_t* slot_of;  // of each key tile in this chunk; -1 = none
     KeyTiles<S> keys;
+    typename ListedBackward<S>::Scratch listed;
   };
 
   /// The rows of a row tile as the products need them.
@@ -200,6 +206,33 @@ class Backward {
   }
   Head<T> value_sums(int64_t head_kv, int64_t index) const {
     return sums(p_.grad_value, wide_values_, dv_wide_, head_kv, index);
+  }
+
+  Head<T> query_sums(int64_t head) const {
+    if (wide_queries_exist_) return {wide_queries_ + head * p_.n_q * d_wide_, d_wide_};
+    if constexpr (kSameType<S, T>) return head_of<T>(p_.grad_query, p_.heads, head);
+    return {nullptr, 0};
+  }
+
+  void run_lists(const Parallel& parallel) {
+    const ListedBackward<S> listed(p_, delta_);
+    const int64_t heads = p_.batch * p_.heads, shares = list_shares(heads, p_.n_q);
+    for_each_item(parallel, heads * shares, [&](int thread, int64_t item) {
+      Arena arena(scratch_ + thread * scratch_bytes_);
+      const Scratch scratch(arena, *this);
+      const int64_t head = item / shares;
+      listed.queries(scratch.listed, head, query_sums(head), {p_.n_q, item % shares, shares});
+    });
+    const int64_t heads_kv = p_.batch * p_.heads_kv, key_shares = list_shares(heads_kv, p_.n_k);
+    for_each_item(parallel, heads_kv * key_shares, [&](int thread, int64_t item) {
+      Arena arena(scratch_ + thread * scratch_bytes_);
+      const Scratch scratch(arena, *this);
+      const int64_t head_kv = item / key_shares;
+      for (int64_t head = head_kv * group_; head < (head_kv + 1) * group_; ++head) {
+        listed.keys(scratch.listed, head, key_sums(head_kv, head_kv), value_sums(head_kv, head_kv),
+                    {p_.n_k, item % key_shares, key_shares});
+      }
+    });
   }
 
   T* key_slot(int64_t head_kv, int64_t slot) const {
@@ -447,6 +480,7 @@ class Backward {
   T* wide_keys_ = nullptr;
   T* wide_values_ = nullptr;
   T* wide_queries_ = nullptr;
+  T* delta_ = nullptr;  // of the lists
   char* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
 };

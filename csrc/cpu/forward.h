@@ -8,6 +8,7 @@
 
 #include "gemm.h"
 #include "key_tiles.h"
+#include "listed_forward.h"
 #include "scheduler.h"
 #include "softmax.h"
 #include "tile.h"
@@ -64,6 +65,7 @@ class Forward {
 
   explicit Forward(const AttentionParams& params)
       : p_(params),
+        listed_(params),
         d_(static_cast<int>(params.head_dim)),
         dv_(static_cast<int>(params.value_dim)) {}
 
@@ -78,7 +80,7 @@ class Forward {
     slot_bytes_ = one_slot.used();
     slots_per_head_ = slots;
     slots_ = arena.take<char>(heads * slots * slot_bytes_);
-    merges_in_memory_ = !kSameType<S, T> && pass_count(p_) > 1;
+    merges_in_memory_ = !kSameType<S, T> && (pass_count(p_) > 1 || has_lists(p_));
     if (merges_in_memory_) wide_output_ = arena.take<T>(heads * p_.n_q * dv_);
     Arena one_thread(nullptr);
     Scratch(one_thread, d_, dv_);
@@ -104,6 +106,7 @@ class Forward {
         merge_slots(scratch, head, pass);
       });
     }
+    if (has_lists(p_)) run_lists(parallel);
     if (merges_in_memory_) {
       for_each_item(parallel, heads, [&](int, int64_t head) { narrow(head); });
     }
@@ -118,7 +121,8 @@ class Forward {
           logits(arena.take<T>(kMaxTile * kMaxTile)),
           rescale(arena.take<T>(kMaxTile)),
           output_rows(arena.take<T>(int64_t{kMaxTile} * round_up(dv, kLanes<T>))),
-          keys(arena, d, dv) {}
+          keys(arena, d, dv),
+          listed(arena, d, dv) {}
 
     RowState<T> state;
     T* query_rows;   // packed, when they cannot be read in place
@@ -127,7 +131,18 @@ class Forward {
     T* rescale;      // [query]
     T* output_rows;  // [query][value_dim]
     KeyTiles<S> keys;
+    typename ListedForward<S>::Scratch listed;
   };
+
+  void run_lists(const Parallel& parallel) {
+    const int64_t heads = p_.batch * p_.heads, shares = list_shares(heads, p_.n_q);
+    for_each_item(parallel, heads * shares, [&](int thread, int64_t item) {
+      Arena arena(scratch_ + thread * scratch_bytes_);
+      const Scratch scratch(arena, d_, dv_);
+      const int64_t head = item / shares;
+      listed_.run(scratch.listed, head, wide_output(head), {p_.n_q, item % shares, shares});
+    });
+  }
 
   /// Where a pass finds and leaves its output: the tensor itself, or a wide copy while
   /// half-precision passes are merged.
@@ -239,11 +254,6 @@ class Forward {
     }
   }
 
-  static T log_sum_exp(T maximum, T sum) {
-    if (sum == T{0}) return -kInfinity<T>;
-    return static_cast<T>(static_cast<double>(maximum) + __builtin_log(static_cast<double>(sum)));
-  }
-
   /// Merges the slots of each split row tile, in order.
   void merge_slots(Scratch& scratch, int64_t head, int64_t pass_index) {
     const PlanView& plan = *p_.plans[head];
@@ -283,6 +293,7 @@ class Forward {
   }
 
   const AttentionParams& p_;
+  const ListedForward<S> listed_;
   const int d_, dv_;
   bool merges_in_memory_ = false;
   T* wide_output_ = nullptr;

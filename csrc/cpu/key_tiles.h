@@ -24,11 +24,9 @@ class KeyTiles {
 
   KeyTiles(Arena& arena, int d, int dv) : d_(d), dv_(dv) {
     words_ = arena.take<uint64_t>(kMaxTile);
-    cached_ = arena.take<int32_t>(kCached);
-    for (int i = 0; i < kCached; ++i) {
-      keys_[i] = arena.take<T>(int64_t{kMaxTile} * round_up(d, kLanes<T>));
-      values_[i] = arena.take<T>(int64_t{kMaxTile} * round_up(dv, kLanes<T>));
-    }
+    cached_ = arena.take<int32_t>(kMostEntries);
+    keys_ = arena.take<T>(int64_t{kCached} * kMaxTile * round_up(d, kLanes<T>));
+    values_ = arena.take<T>(int64_t{kCached} * kMaxTile * round_up(dv, kLanes<T>));
   }
 
   /// Turns to one head (of the queries) and pass.
@@ -41,7 +39,9 @@ class KeyTiles {
     padding_ = params.key_padding ? params.key_padding + b * params.n_k : nullptr;
     plan_ = &plan;
     pass_ = &pass;
-    for (int i = 0; i < kCached; ++i) cached_[i] = -1;
+    entries_ = kCached * kMaxTile / plan.tile_keys;
+    if (entries_ > kMostEntries) entries_ = kMostEntries;
+    for (int i = 0; i < entries_; ++i) cached_[i] = -1;
   }
 
   const Tile& tile(int32_t index) const { return pass_->key_tiles[index]; }
@@ -64,22 +64,25 @@ class KeyTiles {
       out.value = in_place(value_, tile);
       return true;
     }
-    const int entry = index % kCached;
+    const int entry = index % entries_;
+    const int padded = round_up(d_, kLanes<T>), dv_padded = round_up(dv_, kLanes<T>);
+    T* key = keys_ + int64_t{entry} * plan_->tile_keys * padded;
+    T* value = values_ + int64_t{entry} * plan_->tile_keys * dv_padded;
     if (cached_[entry] != index) {
       // Padded keys become zeros: whatever they hold, NaN too, is ignored.
-      pack_rows(keys_[entry], key_, tile, plan_->token_list, d_, seen);
-      pack_rows(values_[entry], value_, tile, plan_->token_list, dv_, seen);
+      pack_rows(key, key_, tile, plan_->token_list, d_, seen);
+      pack_rows(value, value_, tile, plan_->token_list, dv_, seen);
       cached_[entry] = index;
     }
-    out.key = {keys_[entry], round_up(d_, kLanes<T>)};
-    out.value = {values_[entry], round_up(dv_, kLanes<T>)};
+    out.key = {key, padded};
+    out.value = {value, dv_padded};
     return true;
   }
 
  private:
   /// A window of +-256 keeps 10 tiles in use; 16 of 64 x 64 keys and values are 512 KiB, which a
-  /// level-2 cache holds.
-  static constexpr int kCached = 16;
+  /// level-2 cache holds. Smaller tiles have more entries in the same room.
+  static constexpr int kCached = 16, kMostEntries = 64;
 
   bool reads_in_place(const Tile& tile) const {
     return reads_rows_in_place<S>(key_, tile, d_) && reads_rows_in_place<S>(value_, tile, dv_);
@@ -106,9 +109,10 @@ class KeyTiles {
   const PlanView* plan_ = nullptr;
   const PassView* pass_ = nullptr;
   uint64_t* words_;  // of the tile at hand
+  int entries_ = 0;
   int32_t* cached_;  // which tile each entry holds
-  T* keys_[kCached];
-  T* values_[kCached];
+  T* keys_;          // [entry][key][head_dim], padded
+  T* values_;
 };
 
 }  // namespace

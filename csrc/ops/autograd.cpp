@@ -48,6 +48,8 @@ class AttentionBackward final : public Node {
     if (has_padding_) key_padding_mask_ = SavedVariable(*a.key_padding_mask, false);
     if (has_globals_) global_mask_ = SavedVariable(*a.global_mask, false);
     pattern_ = a.pattern.vec();
+    for (const at::Tensor& tensor : a.pattern_tensors.value_or(at::ArrayRef<at::Tensor>()))
+      pattern_tensors_.emplace_back(tensor, false);
     scale_ = a.scale;
     enable_gqa_ = a.enable_gqa;
   }
@@ -62,6 +64,8 @@ class AttentionBackward final : public Node {
     const at::Tensor &grad_output = grads[0], &grad_logsumexp = grads[1];
     if (!grad_output.defined() && !grad_logsumexp.defined()) return variable_list(3);
     const at::Tensor output = output_.unpack(getptr());
+    std::vector<at::Tensor> pattern_tensors;
+    for (const SavedVariable& saved : pattern_tensors_) pattern_tensors.push_back(saved.unpack());
     const Gradients made = call_backward({
         grad_output.defined() ? grad_output : at::zeros_like(output),
         grad_logsumexp.defined() ? OptionalTensor(grad_logsumexp) : std::nullopt,
@@ -71,7 +75,7 @@ class AttentionBackward final : public Node {
         output,
         logsumexp_.unpack(getptr()),
         pattern_,
-        {},
+        at::ArrayRef<at::Tensor>(pattern_tensors),
         has_padding_ ? OptionalTensor(key_padding_mask_.unpack()) : std::nullopt,
         has_globals_ ? OptionalTensor(global_mask_.unpack()) : std::nullopt,
         scale_,
@@ -86,12 +90,14 @@ class AttentionBackward final : public Node {
          {&query_, &key_, &value_, &output_, &logsumexp_, &key_padding_mask_, &global_mask_}) {
       saved->reset_data();
     }
+    for (SavedVariable& saved : pattern_tensors_) saved.reset_data();
   }
 
  private:
   SavedVariable query_, key_, value_, output_, logsumexp_, key_padding_mask_, global_mask_;
   bool has_padding_ = false, has_globals_ = false, enable_gqa_ = false;
   std::vector<std::int64_t> pattern_;
+  std::vector<SavedVariable> pattern_tensors_;
   std::optional<double> scale_;
 };
 

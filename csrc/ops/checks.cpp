@@ -108,7 +108,74 @@ void check_sizes_of(const Expression& pattern, const AttentionArguments& a) {
                     "sparse_attn: ", token_error(token, n_k.guard_int(__FILE__, __LINE__)));
 }
 
+/// `tensor` is (batch, heads, ...expected), either of the first two missing or 1 for all.
+void check_per_head(const char* name, const at::Tensor& tensor, const SymSizes& expected,
+                    const char* why, const PatternSizes& sizes) {
+  const auto given = tensor.sym_sizes();
+  const std::size_t rank = given.size(), inner = expected.size();
+  bool fits = rank >= inner && rank <= inner + 2;
+  for (std::size_t i = 0; fits && i < inner; ++i) fits = given[rank - inner + i] == expected[i];
+  const auto one_or = [&](std::size_t from_inner, const c10::SymInt* size) {
+    const bool absent = rank < inner + from_inner;
+    return absent || !size || given[rank - inner - from_inner] == 1 ||
+           given[rank - inner - from_inner] == *size;
+  };
+  fits = fits && one_or(1, sizes.heads) && one_or(2, sizes.batch);
+  TORCH_CHECK_VALUE(fits, "sparse_attn: expected ", name, " of shape (batch or 1, heads or 1, ...",
+                    c10::SymIntArrayRef(expected), ")", why,
+                    "; batch, or batch and heads, may be left out; got ", given);
+}
+
+void check_layout(const at::Tensor& layout, const c10::SymInt& block, const PatternSizes& sizes) {
+  TORCH_CHECK_TYPE(layout.scalar_type() == at::kBool,
+                   "sparse_attn: expected layout of dtype bool, got ", layout.scalar_type());
+  check_per_head("layout", layout,
+                 {(sizes.n_q + block - 1) / block, (sizes.n_k + block - 1) / block},
+                 " (queries and keys in blocks)", sizes);
+}
+
+void check_integers(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong || tensor.scalar_type() == at::kInt,
+                   "sparse_attn: expected ", name, " of dtype int64 or int32, got ",
+                   tensor.scalar_type());
+}
+
+void check_key_lists(const at::Tensor& indices, const at::Tensor* counts,
+                     const PatternSizes& sizes) {
+  check_integers("indices", indices);
+  TORCH_CHECK_VALUE(indices.dim() >= 2,
+                    "sparse_attn: expected indices of shape (batch or 1, heads or 1, queries, "
+                    "keys of a query), got ",
+                    indices.sym_sizes());
+  check_per_head("indices", indices, {sizes.n_q, indices.sym_size(-1)},
+                 " (queries, keys of a query)", sizes);
+  if (!counts) return;
+  check_integers("counts", *counts);
+  check_per_head("counts", *counts, {sizes.n_q}, " (queries)", sizes);
+}
+
 }  // namespace
+
+void check_pattern_tensors(const Expression& pattern, const OptionalTensors& given,
+                           const PatternSizes& sizes) {
+  const at::ArrayRef<at::Tensor> tensors = given.value_or(at::ArrayRef<at::Tensor>());
+  const auto expected = static_cast<std::size_t>(tensor_count(pattern));
+  TORCH_CHECK_VALUE(tensors.size() == expected,
+                    "sparse_attn: expected pattern_tensors to hold the ", expected,
+                    " tensors that pattern takes, got ", tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    check_kind("pattern_tensors", tensor);
+    if (sizes.query) check_same_place("pattern_tensors", tensor, *sizes.query);
+  }
+  for (const Expression* user : tensor_users(pattern)) {
+    const auto first = static_cast<std::size_t>(user->tensor);
+    if (user->word == Word::kBlockLayout) {
+      check_layout(tensors[first], user->values[0], sizes);
+    } else {
+      check_key_lists(tensors[first], user->values[0] ? &tensors[first + 1] : nullptr, sizes);
+    }
+  }
+}
 
 void check_built(const AttentionArguments& a) {
   check_finite("scale", a.scale);
@@ -119,13 +186,12 @@ void check_built(const AttentionArguments& a) {
                               "sparse_attn: expected dropout_p=0, more is not "
                               "built yet, got ",
                               a.dropout_p);
-  const std::array<std::pair<const char*, bool>, 6> arguments{
+  const std::array<std::pair<const char*, bool>, 5> arguments{
       {{"bias", a.bias.has_value()},
        {"gate", a.gate.has_value()},
        {"dropout_seed", a.dropout_seed.has_value()},
        {"softcap", a.softcap.has_value()},
-       {"sink", a.sink.has_value()},
-       {"pattern_tensors", a.pattern_tensors.has_value() && !a.pattern_tensors->empty()}}};
+       {"sink", a.sink.has_value()}}};
   for (const auto& [name, given] : arguments) {
     TORCH_CHECK_NOT_IMPLEMENTED(!given, "sparse_attn: expected no ", name,
                                 ", which is not built yet, got one");
@@ -148,6 +214,9 @@ Expression check_attention(const AttentionArguments& a) {
   check_built(a);
   Expression pattern = check_pattern(a.pattern);
   check_sizes_of(pattern, a);
+  const c10::SymInt batch = a.query.sym_size(0), heads = a.query.sym_size(1);
+  check_pattern_tensors(pattern, a.pattern_tensors,
+                        {a.query.sym_size(2), a.key.sym_size(2), &batch, &heads, &a.query});
   return pattern;
 }
 

@@ -23,6 +23,19 @@ at::ScalarType lse_type(const at::Tensor& query);
 /// Parses a pattern; ValueError if it is none.
 Expression check_pattern(at::IntArrayRef pattern);
 
+/// What a pattern's tensors must fit to. `batch` and `heads` are null where any will do.
+struct PatternSizes {
+  c10::SymInt n_q;
+  c10::SymInt n_k;
+  const c10::SymInt* batch = nullptr;
+  const c10::SymInt* heads = nullptr;
+  const at::Tensor* query = nullptr;  // for its device
+};
+
+/// Checks number, types and shapes of the tensors that a pattern takes.
+void check_pattern_tensors(const Expression& pattern, const OptionalTensors& tensors,
+                           const PatternSizes& sizes);
+
 /// The patterns of PerHead, or the one pattern of all heads.
 inline at::ArrayRef<Expression> head_patterns(const Expression& expression) {
   return expression.word == Word::kPerHead ? at::ArrayRef<Expression>(expression.parts)

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/checks.h"
+#include "ops/pattern_tensors.h"
 #include "plan/cache.h"
 
 namespace sparse_attn {
@@ -94,32 +95,73 @@ class Call {
   AttentionParams params;
 
  private:
-  /// One plan for each example and head; most calls have the same one throughout, and the cache
-  /// makes it once.
+  /// What a plan is made from: one of the patterns listed, for one example and head.
+  struct Job {
+    const Expression* pattern;
+    std::int64_t example;
+    std::int64_t head;
+  };
+
+  /// One plan for each example and head. Most calls have the same one throughout, and the cache
+  /// makes it once; those that differ are made side by side.
   void choose_plans(const AttentionArguments& a, const Expression& pattern, Direction direction) {
-    const Sizes sizes{params.n_q, params.n_k};
     const auto patterns = head_patterns(pattern);
     const auto group = params.heads / static_cast<std::int64_t>(patterns.size());
-    const bool backward = direction == Direction::kBackward;
-    const std::int64_t heads = params.batch * (backward ? params.heads_kv : params.heads);
-    // Query heads that share a key head add to the same gradients: with different plans they must
-    // take turns.
-    const int chunks = backward && group % (params.heads / params.heads_kv) != 0 ? 1 : 0;
+    const PatternTensors tensors(pattern, a.pattern_tensors);
     const auto tokens =
-        a.global_mask
-            ? global_tokens(*a.global_mask)
-            : std::vector<std::vector<std::int64_t>>(static_cast<std::size_t>(params.batch));
+        a.global_mask ? global_tokens(*a.global_mask) : std::vector<std::vector<std::int64_t>>();
+    std::vector<Job> jobs;
+    std::vector<std::size_t> job_of;
     for (std::int64_t b = 0; b < params.batch; ++b) {
-      for (const Expression& one : patterns) {
-        schedules_.push_back(with_value_errors([&] {
-          const auto& extra = tokens[static_cast<std::size_t>(b)];
-          if (extra.empty()) return cached_schedule(one, sizes, direction, heads, chunks);
-          return cached_schedule(with_global_tokens(one, extra), sizes, direction, heads, chunks);
-        }));
-        plans_.insert(plans_.end(), static_cast<std::size_t>(group), &schedules_.back()->view());
+      for (std::int64_t h = 0; h < params.heads; ++h) {
+        const Expression& one = patterns[static_cast<std::size_t>(h / group)];
+        const bool as_before = h % group != 0 && tensors.heads(one) == 1;
+        const bool as_first = b > 0 && !a.global_mask && tensors.batch(one) == 1;
+        if (as_first) {
+          job_of.push_back(job_of[static_cast<std::size_t>(h)]);
+        } else {
+          if (!as_before) jobs.push_back({&one, b, h});
+          job_of.push_back(jobs.size() - 1);
+        }
       }
     }
+    schedules_.resize(jobs.size());
+    const int chunks = turns(patterns.size(), tensors, pattern, direction) ? 1 : 0;
+    at::parallel_for(0, static_cast<std::int64_t>(jobs.size()), 1, [&](auto begin, auto end) {
+      for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
+        const Job& job = jobs[i];
+        const Expression* one = job.pattern;
+        Expression with_tokens;
+        if (a.global_mask) {
+          with_tokens = with_global_tokens(*one, tokens[static_cast<std::size_t>(job.example)]);
+          one = &with_tokens;
+        }
+        schedules_[i] =
+            make_schedule(*one, tensors.slices(job.example, job.head), direction, chunks);
+      }
+    });
+    for (const std::size_t job : job_of) plans_.push_back(&schedules_[job]->view());
     params.plans = plans_.data();
+  }
+
+  std::shared_ptr<const Schedule> make_schedule(const Expression& pattern,
+                                                const std::vector<PatternTensor>& tensors,
+                                                Direction direction, int chunks) const {
+    const std::int64_t heads =
+        params.batch * (direction == Direction::kBackward ? params.heads_kv : params.heads);
+    return with_value_errors([&] {
+      return schedule_of(pattern, {params.n_q, params.n_k}, tensors.data(), direction, heads,
+                         chunks);
+    });
+  }
+
+  /// Query heads that share a key head add to the same gradients: with different plans they must
+  /// take turns.
+  bool turns(std::size_t patterns, const PatternTensors& tensors, const Expression& pattern,
+             Direction direction) const {
+    if (direction == Direction::kForward || params.heads == params.heads_kv) return false;
+    const auto group = params.heads / static_cast<std::int64_t>(patterns);
+    return group % (params.heads / params.heads_kv) != 0 || tensors.heads(pattern) > 1;
   }
 
   at::Tensor query_, key_, value_, padding_;

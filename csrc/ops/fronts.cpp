@@ -1,6 +1,6 @@
-// window_attention, dilated_attention and global_attention: the general op with the pattern said in
-// plain arguments. They are composites, so that every device, transform and mode that the general
-// op knows serves them too.
+// window_attention, dilated_attention, global_attention and index_attention: the general op with
+// the pattern said in plain arguments. They are composites, so that every device, transform and
+// mode that the general op knows serves them too.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -12,8 +12,14 @@
 namespace sparse_attn {
 namespace {
 
+/// A pattern with the tensors that it takes.
+struct FrontPattern {
+  Expression expression;
+  std::vector<at::Tensor> tensors = {};
+};
+
 Expression window(std::int64_t left, std::int64_t right, std::int64_t dilation) {
-  return {Word::kWindow, {left, right, dilation}, {}};
+  return {Word::kWindow, {left, right, dilation}, {}, 0};
 }
 
 /// Beyond this no tensor has tokens, and below it their arithmetic does not overflow.
@@ -37,141 +43,125 @@ std::vector<std::int64_t> runs_of(at::IntArrayRef tokens) {
   return runs;
 }
 
-Expression window_and_tokens(at::IntArrayRef tokens, std::int64_t left, std::int64_t right,
+FrontPattern window_pattern(std::int64_t left, std::optional<std::int64_t> right) {
+  return {window(left, right.value_or(left), 1)};
+}
+
+FrontPattern dilated_pattern(std::int64_t left, std::optional<std::int64_t> right,
                              std::int64_t dilation) {
+  return {window(left, right.value_or(left), dilation)};
+}
+
+FrontPattern global_pattern(at::IntArrayRef tokens, std::int64_t left,
+                            std::optional<std::int64_t> right, std::int64_t dilation) {
   const std::vector<std::int64_t> runs = runs_of(tokens);
-  return {Word::kUnion,
-          {},
-          {window(left, right, dilation),
-           {Word::kGlobalKeys, runs, {}},
-           {Word::kGlobalQueries, runs, {}}}};
+  return {{Word::kUnion,
+           {},
+           {window(left, right.value_or(left), dilation),
+            {Word::kGlobalKeys, runs, {}, 0},
+            {Word::kGlobalQueries, runs, {}, 0}},
+           0}};
 }
 
-Outputs forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                at::IntArrayRef pattern, const OptionalTensor& key_padding_mask,
-                const OptionalTensor& global_mask, std::optional<double> scale, bool enable_gqa) {
-  AttentionArguments arguments{query, key, value, pattern};
-  arguments.key_padding_mask = key_padding_mask;
-  arguments.global_mask = global_mask;
-  arguments.scale = scale;
-  arguments.enable_gqa = enable_gqa;
-  return call_attention(arguments);
+FrontPattern index_pattern(const at::Tensor& indices, const OptionalTensor& counts) {
+  FrontPattern pattern{{Word::kKeyLists, {counts.has_value()}, {}, 0}, {indices}};
+  if (counts) pattern.tensors.push_back(*counts);
+  return pattern;
 }
 
-Outputs window_front(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                     std::int64_t left, std::optional<std::int64_t> right,
-                     const OptionalTensor& key_padding_mask, const OptionalTensor& global_mask,
-                     std::optional<double> scale, bool enable_gqa) {
-  return forward(query, key, value, encode(window(left, right.value_or(left), 1)), key_padding_mask,
-                 global_mask, scale, enable_gqa);
-}
+/// The ops of a front whose pattern is made of these arguments.
+template <class... Arguments>
+struct Front {
+  template <FrontPattern (*kPattern)(Arguments...)>
+  static Outputs forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                         Arguments... arguments, const OptionalTensor& key_padding_mask,
+                         const OptionalTensor& global_mask, std::optional<double> scale,
+                         bool enable_gqa) {
+    const FrontPattern pattern = kPattern(arguments...);
+    const Words words = encode(pattern.expression);
+    AttentionArguments a{query, key, value, words, at::ArrayRef<at::Tensor>(pattern.tensors)};
+    a.key_padding_mask = key_padding_mask;
+    a.global_mask = global_mask;
+    a.scale = scale;
+    a.enable_gqa = enable_gqa;
+    return call_attention(a);
+  }
 
-Outputs dilated_front(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                      std::int64_t left, std::optional<std::int64_t> right, std::int64_t dilation,
-                      const OptionalTensor& key_padding_mask, const OptionalTensor& global_mask,
-                      std::optional<double> scale, bool enable_gqa) {
-  return forward(query, key, value, encode(window(left, right.value_or(left), dilation)),
-                 key_padding_mask, global_mask, scale, enable_gqa);
-}
-
-Outputs global_front(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                     at::IntArrayRef tokens, std::int64_t left, std::optional<std::int64_t> right,
-                     std::int64_t dilation, const OptionalTensor& key_padding_mask,
-                     const OptionalTensor& global_mask, std::optional<double> scale,
-                     bool enable_gqa) {
-  return forward(query, key, value,
-                 encode(window_and_tokens(tokens, left, right.value_or(left), dilation)),
-                 key_padding_mask, global_mask, scale, enable_gqa);
-}
-
-/// The tensors that a backward front passes on.
-struct Saved {
-  const at::Tensor& grad_output;
-  const OptionalTensor& grad_logsumexp;
-  const at::Tensor &query, &key, &value, &output, &logsumexp;
+  template <FrontPattern (*kPattern)(Arguments...)>
+  static Gradients backward(const at::Tensor& grad_output, const OptionalTensor& grad_logsumexp,
+                            const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            const at::Tensor& output, const at::Tensor& logsumexp,
+                            Arguments... arguments, const OptionalTensor& key_padding_mask,
+                            const OptionalTensor& global_mask, std::optional<double> scale,
+                            bool enable_gqa) {
+    const FrontPattern pattern = kPattern(arguments...);
+    const Words words = encode(pattern.expression);
+    return call_backward({grad_output, grad_logsumexp, query, key, value, output, logsumexp, words,
+                          at::ArrayRef<at::Tensor>(pattern.tensors), key_padding_mask, global_mask,
+                          scale, enable_gqa});
+  }
 };
 
-Gradients backward(const Saved& s, const Expression& pattern,
-                   const OptionalTensor& key_padding_mask, const OptionalTensor& global_mask,
-                   std::optional<double> scale, bool enable_gqa) {
-  return call_backward({s.grad_output,
-                        s.grad_logsumexp,
-                        s.query,
-                        s.key,
-                        s.value,
-                        s.output,
-                        s.logsumexp,
-                        encode(pattern),
-                        {},
-                        key_padding_mask,
-                        global_mask,
-                        scale,
-                        enable_gqa});
-}
-
-Gradients window_backward(const at::Tensor& grad_output, const OptionalTensor& grad_logsumexp,
-                          const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                          const at::Tensor& output, const at::Tensor& logsumexp, std::int64_t left,
-                          std::optional<std::int64_t> right, const OptionalTensor& key_padding_mask,
-                          const OptionalTensor& global_mask, std::optional<double> scale,
-                          bool enable_gqa) {
-  return backward({grad_output, grad_logsumexp, query, key, value, output, logsumexp},
-                  window(left, right.value_or(left), 1), key_padding_mask, global_mask, scale,
-                  enable_gqa);
-}
-
-Gradients dilated_backward(const at::Tensor& grad_output, const OptionalTensor& grad_logsumexp,
-                           const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                           const at::Tensor& output, const at::Tensor& logsumexp, std::int64_t left,
-                           std::optional<std::int64_t> right, std::int64_t dilation,
-                           const OptionalTensor& key_padding_mask,
-                           const OptionalTensor& global_mask, std::optional<double> scale,
-                           bool enable_gqa) {
-  return backward({grad_output, grad_logsumexp, query, key, value, output, logsumexp},
-                  window(left, right.value_or(left), dilation), key_padding_mask, global_mask,
-                  scale, enable_gqa);
-}
-
-Gradients global_backward(const at::Tensor& grad_output, const OptionalTensor& grad_logsumexp,
-                          const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                          const at::Tensor& output, const at::Tensor& logsumexp,
-                          at::IntArrayRef tokens, std::int64_t left,
-                          std::optional<std::int64_t> right, std::int64_t dilation,
-                          const OptionalTensor& key_padding_mask, const OptionalTensor& global_mask,
-                          std::optional<double> scale, bool enable_gqa) {
-  return backward({grad_output, grad_logsumexp, query, key, value, output, logsumexp},
-                  window_and_tokens(tokens, left, right.value_or(left), dilation), key_padding_mask,
-                  global_mask, scale, enable_gqa);
-}
+using Right = std::optional<std::int64_t>;
+using WindowFront = Front<std::int64_t, Right>;
+using DilatedFront = Front<std::int64_t, Right, std::int64_t>;
+using GlobalFront = Front<at::IntArrayRef, std::int64_t, Right, std::int64_t>;
+using IndexFront = Front<const at::Tensor&, const OptionalTensor&>;
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparse_attn, CompositeImplicitAutograd, m) {
-  m.impl("window_attention", TORCH_FN(window_front));
-  m.impl("dilated_attention", TORCH_FN(dilated_front));
-  m.impl("global_attention", TORCH_FN(global_front));
-  m.impl("window_attention_backward", TORCH_FN(window_backward));
-  m.impl("dilated_attention_backward", TORCH_FN(dilated_backward));
-  m.impl("global_attention_backward", TORCH_FN(global_backward));
+  m.impl("window_attention", TORCH_FN(WindowFront::forward<window_pattern>));
+  m.impl("window_attention_backward", TORCH_FN(WindowFront::backward<window_pattern>));
+  m.impl("dilated_attention", TORCH_FN(DilatedFront::forward<dilated_pattern>));
+  m.impl("dilated_attention_backward", TORCH_FN(DilatedFront::backward<dilated_pattern>));
+  m.impl("global_attention", TORCH_FN(GlobalFront::forward<global_pattern>));
+  m.impl("global_attention_backward", TORCH_FN(GlobalFront::backward<global_pattern>));
+  m.impl("index_attention", TORCH_FN(IndexFront::forward<index_pattern>));
+  m.impl("index_attention_backward", TORCH_FN(IndexFront::backward<index_pattern>));
 }
+
+namespace {
+
+OutputAndLogsumexp call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                        at::IntArrayRef words, at::ArrayRef<at::Tensor> tensors, const Options& o) {
+  AttentionArguments a{query, key, value, words, tensors};
+  a.key_padding_mask = o.key_padding_mask;
+  a.global_mask = o.global_mask;
+  a.scale = o.scale;
+  a.enable_gqa = o.enable_gqa;
+  return call_attention(a);
+}
+
+OutputAndLogsumexp call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                        const FrontPattern& pattern, const Options& o) {
+  return call(query, key, value, encode(pattern.expression), pattern.tensors, o);
+}
+
+}  // namespace
 
 OutputAndLogsumexp attention(const at::Tensor& query, const at::Tensor& key,
                              const at::Tensor& value, at::IntArrayRef pattern, const Options& o) {
-  return forward(query, key, value, pattern, o.key_padding_mask, o.global_mask, o.scale,
-                 o.enable_gqa);
+  return call(query, key, value, pattern, o.pattern_tensors, o);
 }
 
 OutputAndLogsumexp window_attention(const at::Tensor& query, const at::Tensor& key,
                                     const at::Tensor& value, std::int64_t left, std::int64_t right,
                                     std::int64_t dilation, const Options& o) {
-  return attention(query, key, value, encode(window(left, right, dilation)), o);
+  return call(query, key, value, dilated_pattern(left, right, dilation), o);
 }
 
 OutputAndLogsumexp global_attention(const at::Tensor& query, const at::Tensor& key,
                                     const at::Tensor& value, at::IntArrayRef tokens,
                                     std::int64_t left, std::int64_t right, std::int64_t dilation,
                                     const Options& o) {
-  return attention(query, key, value, encode(window_and_tokens(tokens, left, right, dilation)), o);
+  return call(query, key, value, global_pattern(tokens, left, right, dilation), o);
+}
+
+OutputAndLogsumexp index_attention(const at::Tensor& query, const at::Tensor& key,
+                                   const at::Tensor& value, const at::Tensor& indices,
+                                   const std::optional<at::Tensor>& counts, const Options& o) {
+  return call(query, key, value, index_pattern(indices, counts), o);
 }
 
 }  // namespace sparse_attn

@@ -3,7 +3,10 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <numeric>
+
 #include "ops/checks.h"
+#include "ops/pattern_tensors.h"
 #include "patterns/union.h"
 #include "plan/cache.h"
 
@@ -22,38 +25,84 @@ Sizes check_sizes(std::int64_t n_q, std::int64_t n_k) {
 
 bool pattern_causal(at::IntArrayRef pattern) { return is_causal(check_pattern(pattern)); }
 
-/// (n_q, n_k), or (heads, n_q, n_k) when heads are given.
-at::Tensor pattern_mask(at::IntArrayRef words, std::int64_t n_q, std::int64_t n_k,
-                        std::optional<std::int64_t> heads) {
-  const Expression pattern = check_pattern(words);
-  const Sizes sizes = check_sizes(n_q, n_k);
-  const auto patterns = head_patterns(pattern);
-  const auto count = static_cast<std::int64_t>(patterns.size());
-  TORCH_CHECK_VALUE(heads || count == 1,
-                    "sparse_attn: expected heads for the mask of a PerHead pattern, got None");
-  TORCH_CHECK_VALUE(heads.value_or(1) > 0 && heads.value_or(1) % count == 0,
-                    "sparse_attn: expected heads to be a multiple of the ", count,
-                    " patterns listed, got ", heads.value_or(1));
-  const at::Tensor masks = at::zeros({count, n_q, n_k}, at::kBool);
-  bool* data = masks.mutable_data_ptr<bool>();
-  with_value_errors([&] {
-    for (const Expression& one : patterns) {
-      const UnionOf terms(expand(one, sizes));
-      for (std::int64_t i = 0; i < n_q; ++i) {
-        for (std::int64_t j = 0; j < n_k; ++j) *data++ = terms.contains(i + sizes.offset(), j);
+/// A pattern with its tensors, for each of the heads and examples that it tells apart.
+class Inspected {
+ public:
+  Inspected(at::IntArrayRef words, const OptionalTensors& given, std::int64_t n_q, std::int64_t n_k,
+            const c10::SymInt* heads = nullptr)
+      : pattern_(check_pattern(words)), sizes_(check_sizes(n_q, n_k)) {
+    check_pattern_tensors(pattern_, given, {n_q, n_k, nullptr, heads, nullptr});
+    tensors_ = PatternTensors(pattern_, given);
+  }
+
+  Sizes sizes() const { return sizes_; }
+  std::int64_t batch() const { return tensors_.batch(pattern_); }
+  std::int64_t heads_of_tensors() const { return tensors_.heads(pattern_); }
+  std::int64_t patterns() const {
+    return static_cast<std::int64_t>(head_patterns(pattern_).size());
+  }
+
+  /// Calls visit(pattern, tensors) for each of `heads` heads of one example.
+  template <class Visit>
+  void for_each_head(std::int64_t example, std::int64_t heads, const Visit& visit) const {
+    with_value_errors([&] {
+      for (std::int64_t h = 0; h < heads; ++h) {
+        const auto part = static_cast<std::size_t>(h * patterns() / heads);
+        visit(head_patterns(pattern_)[part], tensors_.slices(example, h).data());
       }
-    }
-    return 0;
-  });
-  return heads ? masks.repeat_interleave(*heads / count, 0) : masks.squeeze(0);
+      return 0;
+    });
+  }
+
+  /// The same for as many as the pattern tells apart.
+  template <class Visit>
+  void for_each(const Visit& visit) const {
+    for (std::int64_t b = 0; b < batch(); ++b)
+      for_each_head(b, std::lcm(patterns(), heads_of_tensors()), visit);
+  }
+
+ private:
+  Expression pattern_;
+  Sizes sizes_;
+  PatternTensors tensors_;
+};
+
+/// (n_q, n_k), (heads, n_q, n_k) when heads are given, (batch, heads or 1, n_q, n_k) if a tensor of
+/// the pattern has examples.
+at::Tensor pattern_mask(at::IntArrayRef words, OptionalTensors given, std::int64_t n_q,
+                        std::int64_t n_k, std::optional<std::int64_t> heads) {
+  const c10::SymInt head_count = heads.value_or(1);
+  const Inspected pattern(words, given, n_q, n_k, heads ? &head_count : nullptr);
+  TORCH_CHECK_VALUE(heads || (pattern.patterns() == 1 && pattern.heads_of_tensors() == 1),
+                    "sparse_attn: expected heads for the mask of a pattern that differs among "
+                    "heads, got None");
+  TORCH_CHECK_VALUE(heads.value_or(1) > 0 && heads.value_or(1) % pattern.patterns() == 0,
+                    "sparse_attn: expected heads to be a multiple of the ", pattern.patterns(),
+                    " patterns listed, got ", heads.value_or(1));
+  const at::Tensor masks = at::zeros({pattern.batch(), heads.value_or(1), n_q, n_k}, at::kBool);
+  bool* data = masks.mutable_data_ptr<bool>();
+  const Sizes sizes = pattern.sizes();
+  for (std::int64_t b = 0; b < pattern.batch(); ++b) {
+    pattern.for_each_head(b, heads.value_or(1),
+                          [&](const Expression& one, const PatternTensor* tensors) {
+                            const UnionOf terms(expand(one, sizes, tensors));
+                            for (std::int64_t i = 0; i < n_q; ++i) {
+                              for (std::int64_t j = 0; j < n_k; ++j)
+                                *data++ = terms.contains(i + sizes.offset(), j);
+                            }
+                          });
+  }
+  if (pattern.batch() > 1) return masks;
+  return heads ? masks.squeeze(0) : masks.squeeze(0).squeeze(0);
 }
 
-/// pairs, visited pairs, bytes, passes and masks of the plan; of a PerHead, summed over its
-/// patterns.
-std::vector<std::int64_t> pattern_cost(at::IntArrayRef words, std::int64_t n_q, std::int64_t n_k,
+/// pairs, visited pairs, bytes, passes and masks of the plan, and the number of heads and examples
+/// that these are summed over: those that the pattern tells apart.
+std::vector<std::int64_t> pattern_cost(at::IntArrayRef words, OptionalTensors given,
+                                       std::int64_t n_q, std::int64_t n_k,
                                        at::OptionalIntArrayRef tile) {
-  const Expression pattern = check_pattern(words);
-  const Sizes sizes = check_sizes(n_q, n_k);
+  const Inspected pattern(words, given, n_q, n_k);
+  const Sizes sizes = pattern.sizes();
   TileShape shape;
   if (tile) {
     const auto fits = [](std::int64_t n) { return n >= 1 && n <= kMaxTile; };
@@ -62,28 +111,28 @@ std::vector<std::int64_t> pattern_cost(at::IntArrayRef words, std::int64_t n_q, 
                       ", got ", *tile);
     shape = {static_cast<int>((*tile)[0]), static_cast<int>((*tile)[1])};
   }
-  std::vector<std::int64_t> total(5, 0);
-  for (const Expression& one : head_patterns(pattern)) {
-    const std::shared_ptr<const Plan> plan = with_value_errors([&] {
-      return tile ? std::make_shared<const Plan>(build_plan(expand(one, sizes), sizes, shape))
-                  : cached_plan(one, sizes);
-    });
+  std::vector<std::int64_t> total(6, 0);
+  pattern.for_each([&](const Expression& one, const PatternTensor* tensors) {
+    const std::shared_ptr<const Plan> plan =
+        tile ? std::make_shared<const Plan>(build_plan(expand(one, sizes, tensors), sizes, shape))
+             : plan_of(one, sizes, tensors);
     total[0] += plan->pairs;
     total[1] += plan->visited;
     total[2] += plan->bytes();
     total[3] += static_cast<std::int64_t>(plan->passes.size());
     total[4] += static_cast<std::int64_t>(plan->masks.size());
-  }
+    total[5] += 1;
+  });
   return total;
 }
 
-std::string pattern_plan(at::IntArrayRef words, std::int64_t n_q, std::int64_t n_k) {
-  const Expression pattern = check_pattern(words);
-  const Sizes sizes = check_sizes(n_q, n_k);
+std::string pattern_plan(at::IntArrayRef words, OptionalTensors given, std::int64_t n_q,
+                         std::int64_t n_k) {
+  const Inspected pattern(words, given, n_q, n_k);
   std::string text;
-  for (const Expression& one : head_patterns(pattern)) {
-    text += with_value_errors([&] { return cached_plan(one, sizes)->to_string(); });
-  }
+  pattern.for_each([&](const Expression& one, const PatternTensor* tensors) {
+    text += plan_of(one, pattern.sizes(), tensors)->to_string();
+  });
   return text;
 }
 

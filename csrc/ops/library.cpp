@@ -44,16 +44,18 @@ TORCH_LIBRARY(sparse_attn, m) {
   for (const auto& [name, pattern] :
        {std::pair<std::string, std::string>{"window_attention", "int left, int? right=None"},
         {"dilated_attention", "int left, int? right=None, int dilation=1"},
-        {"global_attention", "int[] tokens, int left, int? right=None, int dilation=1"}}) {
+        {"global_attention", "int[] tokens, int left, int? right=None, int dilation=1"},
+        {"index_attention", "Tensor indices, Tensor? counts=None"}}) {
     define(front(name, pattern));
     define(backward(name, pattern));
   }
 
-  // What patterns know about themselves; there is no tensor among the arguments.
+  // What patterns know about themselves.
+  const std::string pattern = "int[] pattern, Tensor[]? pattern_tensors, int n_q, int n_k";
   m.def("_pattern_causal(int[] pattern) -> bool");
-  m.def("_pattern_mask(int[] pattern, int n_q, int n_k, int? heads=None) -> Tensor");
-  m.def("_pattern_cost(int[] pattern, int n_q, int n_k, int[]? tile=None) -> int[]");
-  m.def("_pattern_plan(int[] pattern, int n_q, int n_k) -> str");
+  m.def(("_pattern_mask(" + pattern + ", int? heads=None) -> Tensor").c_str());
+  m.def(("_pattern_cost(" + pattern + ", int[]? tile=None) -> int[]").c_str());
+  m.def(("_pattern_plan(" + pattern + ") -> str").c_str());
   m.def("_plan_cache_size() -> int");
   m.def("_clear_plan_cache() -> ()");
 }

@@ -15,6 +15,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace sparse_attn {
 
@@ -27,6 +28,7 @@ struct Options {
   std::optional<at::Tensor> global_mask;       // (batch, keys) bool, true = global token
   std::optional<double> scale;                 // 1 / sqrt(head_dim) if empty
   bool enable_gqa = false;                     // heads may be a multiple of heads_kv
+  std::vector<at::Tensor> pattern_tensors;     // those that `pattern` of attention() takes
 };
 
 using OutputAndLogsumexp = std::tuple<at::Tensor, at::Tensor>;
@@ -47,5 +49,12 @@ __attribute__((visibility("default"))) OutputAndLogsumexp window_attention(
 __attribute__((visibility("default"))) OutputAndLogsumexp global_attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::IntArrayRef tokens,
     std::int64_t left, std::int64_t right, std::int64_t dilation = 1, const Options& options = {});
+
+/// Each query has its own list of keys: the first `counts` of `indices`, (batch or 1, heads or 1,
+/// queries, keys of a query); a key that is listed twice counts once.
+__attribute__((visibility("default"))) OutputAndLogsumexp
+index_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                const at::Tensor& indices, const std::optional<at::Tensor>& counts = std::nullopt,
+                const Options& options = {});
 
 }  // namespace sparse_attn

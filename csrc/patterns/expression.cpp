@@ -1,22 +1,67 @@
 #include "patterns/expression.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
-#include "patterns/tokens.h"
-#include "patterns/union.h"
 #include "patterns/window.h"
 
 namespace sparse_attn {
 namespace {
 
-/// An intersection of unions is multiplied out up to here; beyond it the unions stay whole and are
-/// tiled in natural order.
-constexpr std::size_t kMaxTerms = 64;
 constexpr int kMaxDepth = 64;
+constexpr std::int64_t kAny = std::numeric_limits<std::int64_t>::min();
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+/// One integer of an elementary pattern, and the least that it may be.
+struct Field {
+  const char* name;
+  std::int64_t least;
+};
+
+struct Form {
+  Word word;
+  const char* name;
+  std::vector<Field> fields;
+};
+
+const std::vector<Form>& forms() {
+  static const std::vector<Form> all = {
+      {Word::kWindow, "a window", {{"left", 0}, {"right", 0}, {"dilation", 1}}},
+      {Word::kPeriodicKeys, "periodic keys", {{"period", 1}, {"count", 0}}},
+      {Word::kEdgeKeys, "edge keys", {{"block", 1}, {"first", 0}, {"last", 0}}},
+      {Word::kEdgeQueries, "edge queries", {{"block", 1}, {"first", 0}, {"last", 0}}},
+      {Word::kBlockWindow, "a block window", {{"block", 1}, {"back", 0}, {"ahead", 0}}},
+      {Word::kCheckerboard, "a checkerboard", {{"block", 1}}},
+      {Word::kRadial, "a radial pattern", {{"radius", 0}}},
+      {Word::kRandomBlocks, "random blocks", {{"count", 0}, {"block", 1}, {"seed", kAny}}},
+      {Word::kRandomTokens, "random tokens", {{"threshold", 0}, {"seed", kAny}}},
+      {Word::kBlockLayout, "a block layout", {{"block", 1}}},
+      {Word::kKeyLists, "key lists", {{"counted", 0}}},
+  };
+  return all;
+}
+
+const Form* form_of(Word word) {
+  for (const Form& form : forms()) {
+    if (form.word == word) return &form;
+  }
+  return nullptr;
+}
+
+bool lists_tokens(Word word) { return word == Word::kGlobalKeys || word == Word::kGlobalQueries; }
+
+bool joins(Word word) {
+  return word == Word::kUnion || word == Word::kIntersection || word == Word::kPerHead;
+}
+
+/// The tensors that an elementary pattern takes itself.
+int own_tensors(const Expression& e) {
+  if (e.word == Word::kBlockLayout) return 1;
+  return e.word == Word::kKeyLists ? 1 + static_cast<int>(e.values[0] != 0) : 0;
+}
 
 class Parser {
  public:
@@ -47,42 +92,39 @@ class Parser {
       fail("expected a pattern nested at most " + std::to_string(kMaxDepth) + " deep");
     Expression e;
     e.word = static_cast<Word>(take());
-    switch (e.word) {
-      case Word::kWindow:
-        window(e);
-        break;
-      case Word::kGlobalKeys:
-      case Word::kGlobalQueries:
-        tokens(e);
-        break;
-      case Word::kPerHead:
-        if (depth > 0) fail("expected PerHead to be outermost, got it inside another pattern");
-        [[fallthrough]];
-      case Word::kUnion:
-      case Word::kIntersection: {
-        const std::int64_t n = take_count();
-        if (n == 0)
-          fail("expected a union, an intersection or a PerHead of at least one pattern, got none");
-        for (std::int64_t i = 0; i < n; ++i) e.parts.push_back(one(depth + 1));
-        break;
-      }
-      default:
-        fail("expected the code of a pattern, got " +
-             std::to_string(static_cast<std::int64_t>(e.word)));
+    if (const Form* form = form_of(e.word)) {
+      fields(e, *form);
+    } else if (lists_tokens(e.word)) {
+      tokens(e);
+    } else if (joins(e.word)) {
+      parts(e, depth);
+    } else {
+      fail("expected the code of a pattern, got " +
+           std::to_string(static_cast<std::int64_t>(e.word)));
     }
+    e.tensor = tensors_;
+    tensors_ += own_tensors(e);
     return e;
   }
 
-  void window(Expression& e) {
-    for (const char* name : {"left", "right", "dilation"}) {
+  void fields(Expression& e, const Form& form) {
+    for (const Field& field : form.fields) {
       const std::int64_t value = take();
-      const std::int64_t least = e.values.size() == 2 ? 1 : 0;
-      if (value < least) {
-        fail(std::string("expected a window's ") + name + " to be at least " +
-             std::to_string(least) + ", got " + std::to_string(value));
+      if (value < field.least) {
+        fail(std::string("expected the ") + field.name + " of " + form.name + " to be at least " +
+             std::to_string(field.least) + ", got " + std::to_string(value));
       }
       e.values.push_back(value);
     }
+  }
+
+  void parts(Expression& e, int depth) {
+    if (e.word == Word::kPerHead && depth > 0)
+      fail("expected PerHead to be outermost, got it inside another pattern");
+    const std::int64_t n = take_count();
+    if (n == 0)
+      fail("expected a union, an intersection or a PerHead of at least one pattern, got none");
+    for (std::int64_t i = 0; i < n; ++i) e.parts.push_back(one(depth + 1));
   }
 
   void tokens(Expression& e) {
@@ -101,75 +143,8 @@ class Parser {
 
   const std::int64_t* next_;
   const std::int64_t* end_;
+  int tensors_ = 0;
 };
-
-TokenList resolve_tokens(const std::vector<std::int64_t>& runs, std::int64_t n_k) {
-  TokenList tokens;
-  if (n_k == 0) return tokens;  // there is nothing to use a token on
-  for (std::size_t i = 0; i < runs.size(); i += 2) {
-    const std::int64_t start = runs[i], stop = runs[i + 1];
-    for (const std::int64_t t : {start, stop - 1}) {
-      if (keys_needed(t) > n_k) fail(token_error(t, n_k));
-    }
-    for (std::int64_t t = start; t < stop; ++t) tokens.push_back(t < 0 ? t + n_k : t);
-  }
-  std::sort(tokens.begin(), tokens.end());
-  tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
-  return tokens;
-}
-
-/// a ∩ b with every pair of primitives folded that folds.
-Term intersect(const Term& a, const Term& b) {
-  Term both = a;
-  for (const PrimitivePtr& extra : b) {
-    bool folded = false;
-    for (PrimitivePtr& present : both) {
-      if (PrimitivePtr one = present->intersect(*extra)) {
-        present = std::move(one);
-        folded = true;
-        break;
-      }
-    }
-    if (!folded) both.push_back(extra);
-  }
-  return both;
-}
-
-bool includes(const Term& big, const Term& small) {
-  return std::all_of(big.begin(), big.end(), [&](const PrimitivePtr& p) {
-    return std::any_of(small.begin(), small.end(),
-                       [&](const PrimitivePtr& q) { return p->includes(*q); });
-  });
-}
-
-/// Adds a term to a union unless one that is there includes it; drops those that it includes.
-void unite(Terms& terms, Term term) {
-  for (const Term& present : terms) {
-    if (includes(present, term)) return;
-  }
-  terms.erase(
-      std::remove_if(terms.begin(), terms.end(), [&](const Term& t) { return includes(term, t); }),
-      terms.end());
-  terms.push_back(std::move(term));
-}
-
-Terms multiply(const Terms& a, const Terms& b) {
-  const auto whole = [](const Terms& terms) {
-    return terms.size() == 1 ? terms : Terms{{std::make_shared<UnionOf>(terms)}};
-  };
-  if (a.size() * b.size() > kMaxTerms) return {intersect(whole(a)[0], whole(b)[0])};
-  Terms product;
-  for (const Term& x : a) {
-    for (const Term& y : b) unite(product, intersect(x, y));
-  }
-  return product;
-}
-
-Terms expand_window(const std::vector<std::int64_t>& v) {
-  const std::int64_t back = window_reach(v[0], v[2]), ahead = window_reach(v[1], v[2]);
-  if (back == kUnbounded && ahead == kUnbounded && v[2] == 1) return {Term{}};  // Full()
-  return {{std::make_shared<Window>(back, ahead, v[2])}};
-}
 
 }  // namespace
 
@@ -186,15 +161,30 @@ Expression parse(const std::int64_t* words, std::int64_t count) {
 
 Words encode(const Expression& e) {
   Words words{static_cast<std::int64_t>(e.word)};
-  const bool tokens = e.word == Word::kGlobalKeys || e.word == Word::kGlobalQueries;
-  if (tokens) words.push_back(static_cast<std::int64_t>(e.values.size() / 2));
-  if (!e.parts.empty()) words.push_back(static_cast<std::int64_t>(e.parts.size()));
+  if (lists_tokens(e.word)) words.push_back(static_cast<std::int64_t>(e.values.size() / 2));
+  if (joins(e.word)) words.push_back(static_cast<std::int64_t>(e.parts.size()));
   words.insert(words.end(), e.values.begin(), e.values.end());
   for (const Expression& part : e.parts) {
     const Words inner = encode(part);
     words.insert(words.end(), inner.begin(), inner.end());
   }
   return words;
+}
+
+std::vector<const Expression*> tensor_users(const Expression& e) {
+  std::vector<const Expression*> users;
+  if (own_tensors(e) > 0) users.push_back(&e);
+  for (const Expression& part : e.parts) {
+    const std::vector<const Expression*> inner = tensor_users(part);
+    users.insert(users.end(), inner.begin(), inner.end());
+  }
+  return users;
+}
+
+int tensor_count(const Expression& e) {
+  int count = 0;
+  for (const Expression* user : tensor_users(e)) count += own_tensors(*user);
+  return count;
 }
 
 bool is_causal(const Expression& e) {
@@ -218,39 +208,11 @@ std::int64_t most_demanding_token(const Expression& e) {
     if (keys_needed(t) > keys_needed(token)) token = t;
   };
   for (const Expression& part : e.parts) consider(most_demanding_token(part));
-  if (e.word == Word::kGlobalKeys || e.word == Word::kGlobalQueries) {
-    for (std::size_t i = 0; i < e.values.size(); i += 2) {
-      consider(e.values[i]);
-      consider(e.values[i + 1] - 1);
-    }
+  for (std::size_t i = 0; lists_tokens(e.word) && i < e.values.size(); i += 2) {
+    consider(e.values[i]);
+    consider(e.values[i + 1] - 1);
   }
   return token;
-}
-
-Terms expand(const Expression& e, Sizes sizes) {
-  switch (e.word) {
-    case Word::kWindow:
-      return expand_window(e.values);
-    case Word::kGlobalKeys:
-      return {{std::make_shared<GlobalKeys>(resolve_tokens(e.values, sizes.n_k))}};
-    case Word::kGlobalQueries:
-      return {{std::make_shared<GlobalQueries>(resolve_tokens(e.values, sizes.n_k))}};
-    case Word::kUnion: {
-      Terms terms;
-      for (const Expression& part : e.parts) {
-        for (Term& term : expand(part, sizes)) unite(terms, std::move(term));
-      }
-      return terms;
-    }
-    case Word::kIntersection: {
-      Terms terms = expand(e.parts[0], sizes);
-      for (std::size_t i = 1; i < e.parts.size(); ++i)
-        terms = multiply(terms, expand(e.parts[i], sizes));
-      return terms;
-    }
-    default:
-      fail("expected one head's pattern, got a PerHead");
-  }
 }
 
 Expression with_global_tokens(const Expression& expression,
@@ -264,11 +226,13 @@ Expression with_global_tokens(const Expression& expression,
       runs.insert(runs.end(), {t, t + 1});
     }
   }
-  Expression all{Word::kUnion,
-                 {},
-                 {expression, {Word::kGlobalKeys, runs, {}}, {Word::kGlobalQueries, runs, {}}}};
+  Expression all{
+      Word::kUnion,
+      {},
+      {expression, {Word::kGlobalKeys, runs, {}, 0}, {Word::kGlobalQueries, runs, {}, 0}},
+      0};
   if (!is_causal(expression)) return all;
-  return {Word::kIntersection, {}, {std::move(all), {Word::kWindow, {kUnbounded, 0, 1}, {}}}};
+  return {Word::kIntersection, {}, {std::move(all), {Word::kWindow, {kUnbounded, 0, 1}, {}, 0}}, 0};
 }
 
 }  // namespace sparse_attn

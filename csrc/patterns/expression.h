@@ -2,22 +2,30 @@
 // order.
 //
 //   kWindow left right dilation
-//   kGlobalKeys n (start stop)*n
+//   kGlobalKeys n (start stop)*n            tokens, as runs [start, stop)
 //   kGlobalQueries n (start stop)*n
 //   kUnion n expr*n
 //   kIntersection n expr*n
-//   kPerHead n expr*n                (outermost only)
+//   kPerHead n expr*n                       outermost only
+//   kPeriodicKeys period count              the last `count` keys of every `period`
+//   kEdgeKeys block first last              the keys of the first and the last blocks
+//   kEdgeQueries block first last
+//   kBlockWindow block back ahead
+//   kCheckerboard block
+//   kRadial radius
+//   kRandomBlocks count block seed
+//   kRandomTokens threshold seed            kept if 32 random bits are below the threshold
+//   kBlockLayout block                      takes the next of the pattern's tensors
+//   kKeyLists counted                       takes the next one, or two: indices, counts
 //
-// Tokens are runs [start, stop) of ascending integers; negative ones count from the end. Full() is
-// an unbounded window, Causal() one that is unbounded to the left, Global(t) the union of
-// GlobalKeys(t) and GlobalQueries(t).
+// Tokens ascend; negative ones count from the end. Full() is an unbounded window, Causal() one that
+// is unbounded to the left; whatever else has a name in Python is a union or an intersection of
+// these.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <vector>
-
-#include "patterns/pattern.h"
 
 namespace sparse_attn {
 
@@ -28,23 +36,25 @@ enum class Word : std::int64_t {
   kUnion = 4,
   kIntersection = 5,
   kPerHead = 6,
+  kPeriodicKeys = 7,
+  kEdgeKeys = 8,
+  kEdgeQueries = 9,
+  kBlockWindow = 10,
+  kCheckerboard = 11,
+  kRadial = 12,
+  kRandomBlocks = 13,
+  kRandomTokens = 14,
+  kBlockLayout = 15,
+  kKeyLists = 16,
 };
 
 using Words = std::vector<std::int64_t>;
 
-struct Sizes {
-  std::int64_t n_q = 0;
-  std::int64_t n_k = 0;
-  /// Query i stands at position i + offset(): the ends are aligned.
-  std::int64_t offset() const { return n_k - n_q; }
-  bool operator==(const Sizes& other) const { return n_q == other.n_q && n_k == other.n_k; }
-};
-
 struct Expression {
   Word word = Word::kUnion;
-  std::vector<std::int64_t>
-      values;                     // of a window: left, right, dilation; of tokens: start, stop, ...
-  std::vector<Expression> parts;  // of a union, an intersection or a per-head list
+  std::vector<std::int64_t> values;  // the integers after the word; of tokens: start, stop, ...
+  std::vector<Expression> parts;     // of a union, an intersection or a per-head list
+  int tensor = 0;                    // the first of its tensors
 };
 
 /// Throws std::invalid_argument on anything but one well-formed expression.
@@ -52,6 +62,10 @@ Expression parse(const std::int64_t* words, std::int64_t count);
 
 /// The inverse of `parse`.
 Words encode(const Expression& expression);
+
+/// How many tensors it takes, and the expressions that take them, in order.
+int tensor_count(const Expression& expression);
+std::vector<const Expression*> tensor_users(const Expression& expression);
 
 /// No query sees a later key, whatever the sizes, as far as the form of the expression tells.
 bool is_causal(const Expression& expression);
@@ -61,10 +75,6 @@ bool is_causal(const Expression& expression);
 std::int64_t keys_needed(std::int64_t token);
 std::int64_t most_demanding_token(const Expression& expression);
 std::string token_error(std::int64_t token, std::int64_t n_k);
-
-/// The union of intersections that `expression` is for these sizes. Throws std::invalid_argument
-/// where a token is out of range.
-Terms expand(const Expression& expression, Sizes sizes);
 
 /// (expression ∪ global rows and columns of `tokens`), ∩ Causal() if the expression is causal:
 /// section 1 of the interface.

@@ -39,6 +39,13 @@ inline void describe(const TokenSet& set, std::int64_t origin, Signature& out) {
   for (std::int64_t i = 0; i < set.count; ++i) out.push_back(set.list[i] - origin);
 }
 
+/// Keys for each of a number of rows: those of row i are keys[starts[i]], ..., keys[starts[i + 1] -
+/// 1]. Empty `starts` stand for rows without keys.
+struct Lists {
+  std::vector<std::int64_t> starts;
+  std::vector<std::int32_t> keys;
+};
+
 class Primitive;
 using PrimitivePtr = std::shared_ptr<const Primitive>;
 
@@ -49,34 +56,42 @@ class Primitive {
 
   /// The definition.
   virtual bool contains(std::int64_t position, std::int64_t key) const = 0;
-  /// Bit r is set when positions[r] sees `key` (at most 64 positions).
-  virtual std::uint64_t row_bits(const TokenSet& positions, std::int64_t key) const = 0;
+  /// The same for a tile of at most 64 x 64: bit r of words[k] is set when positions[r] sees
+  /// keys[k]. Bits beyond the positions may be anything.
+  virtual void tile(const TokenSet& positions, const TokenSet& keys,
+                    std::uint64_t* words) const = 0;
   virtual Cover cover(const TokenSet& positions, const TokenSet& keys) const = 0;
-  virtual void signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const = 0;
+  /// False if no other tile is likely to have the same mask: `out` is then of no use.
+  virtual bool signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const = 0;
 
   /// The one primitive equal to this ∩ other, or null.
   virtual PrimitivePtr intersect(const Primitive&) const { return nullptr; }
   /// True only if every pair of `other` is a pair of this one.
-  virtual bool includes(const Primitive&) const { return false; }
+  virtual bool includes(const Primitive& other) const { return this == &other; }
 
-  /// The order in which its tiles are dense: residue classes modulo `step`, or listed keys or
-  /// positions.
+  /// The order in which its tiles are dense: residue classes modulo `step`, blocks of `block`
+  /// tokens (0 = none), listed keys or positions, or lists of keys of its own for each query.
   virtual std::int64_t step() const { return 1; }
+  virtual std::int64_t block() const { return 0; }
   virtual const std::vector<std::int64_t>* key_list() const { return nullptr; }
   virtual const std::vector<std::int64_t>* position_list() const { return nullptr; }
+  virtual const Lists* lists() const { return nullptr; }
 };
 
-/// Derives row_bits from a pattern's inlined `contains`.
+/// Derives tile() from a pattern's inlined `contains`.
 template <class Derived>
 class PrimitiveBase : public Primitive {
  public:
-  std::uint64_t row_bits(const TokenSet& positions, std::int64_t key) const override {
+  void tile(const TokenSet& positions, const TokenSet& keys, std::uint64_t* words) const override {
     const auto& self = static_cast<const Derived&>(*this);
-    std::uint64_t bits = 0;
-    for (std::int64_t r = 0; r < positions.count; ++r) {
-      bits |= static_cast<std::uint64_t>(self.Derived::contains(positions[r], key)) << r;
+    for (std::int64_t k = 0; k < keys.count; ++k) {
+      const std::int64_t key = keys[k];
+      std::uint64_t bits = 0;
+      for (std::int64_t r = 0; r < positions.count; ++r) {
+        bits |= static_cast<std::uint64_t>(self.Derived::contains(positions[r], key)) << r;
+      }
+      words[k] = bits;
     }
-    return bits;
   }
 };
 

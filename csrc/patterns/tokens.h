@@ -49,14 +49,16 @@ class GlobalKeys final : public Primitive {
   bool contains(std::int64_t, std::int64_t key) const override {
     return std::binary_search(tokens_.begin(), tokens_.end(), key);
   }
-  std::uint64_t row_bits(const TokenSet&, std::int64_t key) const override {
-    return contains(0, key) ? ~std::uint64_t{0} : 0;
+  void tile(const TokenSet&, const TokenSet& keys, std::uint64_t* words) const override {
+    for (std::int64_t k = 0; k < keys.count; ++k)
+      words[k] = contains(0, keys[k]) ? ~std::uint64_t{0} : 0;
   }
   Cover cover(const TokenSet&, const TokenSet& keys) const override {
     return cover_of(tokens_, keys);
   }
-  void signature(const TokenSet&, const TokenSet& keys, Signature& out) const override {
+  bool signature(const TokenSet&, const TokenSet& keys, Signature& out) const override {
     out.push_back(static_cast<std::int64_t>(members(tokens_, keys)));
+    return true;
   }
   PrimitivePtr intersect(const Primitive& other) const override {
     const auto* keys = dynamic_cast<const GlobalKeys*>(&other);
@@ -80,14 +82,15 @@ class GlobalQueries final : public Primitive {
   bool contains(std::int64_t position, std::int64_t) const override {
     return std::binary_search(tokens_.begin(), tokens_.end(), position);
   }
-  std::uint64_t row_bits(const TokenSet& positions, std::int64_t) const override {
-    return members(tokens_, positions);
+  void tile(const TokenSet& positions, const TokenSet& keys, std::uint64_t* words) const override {
+    std::fill_n(words, keys.count, members(tokens_, positions));
   }
   Cover cover(const TokenSet& positions, const TokenSet&) const override {
     return cover_of(tokens_, positions);
   }
-  void signature(const TokenSet& positions, const TokenSet&, Signature& out) const override {
+  bool signature(const TokenSet& positions, const TokenSet&, Signature& out) const override {
     out.push_back(static_cast<std::int64_t>(members(tokens_, positions)));
+    return true;
   }
   PrimitivePtr intersect(const Primitive& other) const override {
     const auto* queries = dynamic_cast<const GlobalQueries*>(&other);

@@ -2,6 +2,7 @@
 // too large to multiply out.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "patterns/pattern.h"
@@ -15,10 +16,14 @@ inline bool contains(const Term& term, std::int64_t position, std::int64_t key) 
   return true;
 }
 
-inline std::uint64_t row_bits(const Term& term, const TokenSet& positions, std::int64_t key) {
-  std::uint64_t bits = ~std::uint64_t{0};
-  for (const PrimitivePtr& p : term) bits &= p->row_bits(positions, key);
-  return bits;
+inline void tile(const Term& term, const TokenSet& positions, const TokenSet& keys,
+                 std::uint64_t* words) {
+  std::fill_n(words, keys.count, ~std::uint64_t{0});
+  for (const PrimitivePtr& p : term) {
+    std::uint64_t own[64];
+    p->tile(positions, keys, own);
+    for (std::int64_t k = 0; k < keys.count; ++k) words[k] &= own[k];
+  }
 }
 
 inline Cover cover(const Term& term, const TokenSet& positions, const TokenSet& keys) {
@@ -32,13 +37,15 @@ inline Cover cover(const Term& term, const TokenSet& positions, const TokenSet& 
 }
 
 /// The covers, and the words of those primitives that decide within the tile.
-inline void signature(const Term& term, const TokenSet& positions, const TokenSet& keys,
+inline bool signature(const Term& term, const TokenSet& positions, const TokenSet& keys,
                       Signature& out) {
+  bool repeats = true;
   for (const PrimitivePtr& p : term) {
     const Cover c = p->cover(positions, keys);
     out.push_back(static_cast<std::int64_t>(c));
-    if (c == Cover::kSome) p->signature(positions, keys, out);
+    if (c == Cover::kSome) repeats = p->signature(positions, keys, out) && repeats;
   }
+  return repeats;
 }
 
 class UnionOf final : public Primitive {
@@ -51,10 +58,14 @@ class UnionOf final : public Primitive {
     }
     return false;
   }
-  std::uint64_t row_bits(const TokenSet& positions, std::int64_t key) const override {
-    std::uint64_t bits = 0;
-    for (const Term& term : terms_) bits |= sparse_attn::row_bits(term, positions, key);
-    return bits;
+  void tile(const TokenSet& positions, const TokenSet& keys, std::uint64_t* words) const override {
+    std::fill_n(words, keys.count, std::uint64_t{0});
+    for (const Term& term : terms_) {
+      if (sparse_attn::cover(term, positions, keys) == Cover::kNone) continue;
+      std::uint64_t own[64];
+      sparse_attn::tile(term, positions, keys, own);
+      for (std::int64_t k = 0; k < keys.count; ++k) words[k] |= own[k];
+    }
   }
   Cover cover(const TokenSet& positions, const TokenSet& keys) const override {
     Cover any = Cover::kNone;
@@ -65,8 +76,14 @@ class UnionOf final : public Primitive {
     }
     return any;
   }
-  void signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const override {
-    for (const Term& term : terms_) sparse_attn::signature(term, positions, keys, out);
+  bool signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const override {
+    bool repeats = true;
+    for (const Term& term : terms_) {
+      const bool decides = sparse_attn::cover(term, positions, keys) == Cover::kSome;
+      out.push_back(decides);
+      if (decides) repeats = sparse_attn::signature(term, positions, keys, out) && repeats;
+    }
+    return repeats;
   }
 
  private:

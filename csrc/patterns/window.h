@@ -40,9 +40,10 @@ class Window final : public PrimitiveBase<Window> {
     return -back_ <= nearest && furthest <= ahead_ ? Cover::kAll : Cover::kSome;
   }
 
-  void signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const override {
+  bool signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const override {
     describe(positions, positions.first(), out);
     describe(keys, positions.first(), out);
+    return true;
   }
 
   PrimitivePtr intersect(const Primitive& other) const override {

@@ -4,20 +4,31 @@
 // keys gathered into tiles of their own, everything else in natural order. Terms of one order share
 // a pass. A pair that several terms allow belongs to the first of them: the later ones mask it out.
 // Rows that see (nearly) everything, the global queries, are listed into tiles of their own in the
-// first pass and owned by no other tile.
+// first pass and owned by no other tile. Pairs that are scattered so thinly that tiles would be
+// almost empty go to lists of keys, one for each query.
 #include <algorithm>
 #include <map>
 #include <unordered_map>
 #include <utility>
 
 #include "patterns/tokens.h"
-#include "patterns/union.h"
+#include "plan/layer.h"
+#include "plan/lists.h"
 #include "plan/plan.h"
 
 namespace sparse_attn {
 namespace {
 
 constexpr std::int32_t kNothing = -2;  // a mask that allows no pair
+
+/// A pair of a list takes about as long as so many pairs of a tile: a tile with fewer pairs than
+/// one in so many is listed.
+constexpr std::int64_t kListedPair = 7;
+
+/// Beyond so many pairs (256 MiB) tiles that others resemble stay tiles.
+constexpr std::size_t kMostListed = std::size_t{1} << 26;
+
+std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 struct SignatureHash {
   std::size_t operator()(const Signature& words) const {
@@ -28,71 +39,40 @@ struct SignatureHash {
   }
 };
 
-/// A term without the pairs of earlier ones.
-struct Layer {
-  const Term& term;
-  const Term* earlier;
-  std::size_t earlier_count;
-
-  Cover cover(const TokenSet& positions, const TokenSet& keys) const {
-    Cover c = sparse_attn::cover(term, positions, keys);
-    for (std::size_t i = 0; i < earlier_count && c != Cover::kNone; ++i) {
-      const Cover other = complement(sparse_attn::cover(earlier[i], positions, keys));
-      if (other != Cover::kAll) c = other;
-    }
-    return c;
-  }
-
-  /// Begins with the layer itself (listed rows have one of their own), whose parameters the words
-  /// leave out.
-  void signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const {
-    out.push_back(positions.list ? -1 : static_cast<std::int64_t>(earlier_count));
-    out.push_back(positions.count);
-    out.push_back(keys.count);
-    sparse_attn::signature(term, positions, keys, out);
-    for (std::size_t i = 0; i < earlier_count; ++i)
-      sparse_attn::signature(earlier[i], positions, keys, out);
-  }
-
-  std::uint64_t row_bits(const TokenSet& positions, std::int64_t key) const {
-    std::uint64_t bits = sparse_attn::row_bits(term, positions, key);
-    for (std::size_t i = 0; i < earlier_count; ++i)
-      bits &= ~sparse_attn::row_bits(earlier[i], positions, key);
-    return bits;
-  }
-};
-
 std::uint64_t low_bits(std::int64_t n) {
   return n >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << n) - 1;
 }
 
-/// Listed keys of a term, and what else the term asks for.
+/// A primitive of listed keys, and what else its term asks for.
 struct Gather {
-  TokenList keys;
+  PrimitivePtr keys;
   Term rest;
 };
 
 class Builder {
  public:
-  Builder(const Terms& terms, Sizes sizes, TileShape tile)
-      : all_{std::make_shared<UnionOf>(terms)} {
+  Builder(const Terms& terms, Sizes sizes, TileShape tile, Listing listing)
+      : all_{std::make_shared<UnionOf>(terms)}, listing_(listing) {
     plan_.sizes = sizes;
     plan_.tile = tile;
     for (const Term& term : terms) sort_out(term);
     for (const Gather& g : gathers_) {
       layers_.push_back(g.rest);
-      layers_.back().push_back(std::make_shared<GlobalKeys>(g.keys));
+      layers_.back().push_back(g.keys);
     }
     for (const auto& [step, same_order] : ordered_) {
       layers_.push_back(same_order.size() == 1 ? same_order[0]
                                                : Term{std::make_shared<UnionOf>(same_order)});
     }
+    tiled_layers_ = layers_.size();
+    layers_.insert(layers_.end(), of_lists_.begin(), of_lists_.end());
   }
 
   Plan build() {
     if (ordered_.empty()) add_pass(1);
     const std::int64_t longest = std::max<std::int64_t>({plan_.sizes.n_q, plan_.sizes.n_k, 1});
     for (const auto& [step, same_order] : ordered_) add_pass(std::min(step, longest));
+    add_lists();
     return std::move(plan_);
   }
 
@@ -103,8 +83,8 @@ class Builder {
     return step;
   }
 
-  /// Global queries to their list, listed keys to a gather, the rest to the residue order of its
-  /// widest step.
+  /// Global queries to their list, lists of keys as they are, listed keys to a gather, the rest to
+  /// the residue order of its widest step.
   void sort_out(const Term& term) {
     for (const PrimitivePtr& p : term) {
       if (!p->position_list()) continue;
@@ -116,10 +96,15 @@ class Builder {
       return;  // no other row is in this term
     }
     for (const PrimitivePtr& p : term) {
+      if (!p->lists()) continue;
+      of_lists_.push_back(term);
+      return;
+    }
+    for (const PrimitivePtr& p : term) {
       if (!p->key_list()) continue;
       Term rest = term;
       rest.erase(std::find(rest.begin(), rest.end(), p));
-      add_gather({*p->key_list(), std::move(rest)});
+      add_gather({p, std::move(rest)});
       return;
     }
     ordered_[step_of(term)].push_back(term);
@@ -134,10 +119,10 @@ class Builder {
     };
     for (Gather& present : gathers_) {
       if (!equal(present.rest, gather.rest)) continue;
+      const TokenList &a = *present.keys->key_list(), &b = *gather.keys->key_list();
       TokenList both;
-      std::set_union(present.keys.begin(), present.keys.end(), gather.keys.begin(),
-                     gather.keys.end(), std::back_inserter(both));
-      present.keys = std::move(both);
+      std::set_union(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(both));
+      present.keys = std::make_shared<GlobalKeys>(std::move(both));
       return;
     }
     gathers_.push_back(std::move(gather));
@@ -150,7 +135,7 @@ class Builder {
     pass_->step = step;
     add_key_tiles();
     if (first_pass_) {
-      for (const Gather& g : gathers_) add_gathered_tiles(g.keys);
+      for (const Gather& g : gathers_) add_gathered_tiles(*g.keys->key_list());
       add_listed_rows();
     }
     for (std::int64_t residue = 0; residue < std::min(step, plan_.sizes.n_q); ++residue) {
@@ -226,13 +211,13 @@ class Builder {
           const std::int32_t end = g + 1 < gather_tiles_.size()
                                        ? gather_tiles_[g + 1]
                                        : static_cast<std::int32_t>(pass_->key_tiles.size());
-          descend({layers_[g], layers_.data(), g}, gather_tiles_[g], end);
+          descend({gathers_[g].rest, layers_.data(), g}, gather_tiles_[g], end);
         }
       }
       const auto r = static_cast<std::size_t>(key_residue);
       const std::size_t layer = gathers_.size() + plan_.passes.size() - 1;
       const bool any_keys = r + 1 < residue_tiles_.size();  // there may be fewer than residues
-      if (any_keys && layer < layers_.size()) {
+      if (any_keys && layer < tiled_layers_) {
         descend({layers_[layer], layers_.data(), layer}, residue_tiles_[r], residue_tiles_[r + 1]);
       }
       end_row_tile();
@@ -286,8 +271,8 @@ class Builder {
       const std::int32_t middle = begin + (end - begin) / 2;
       descend(layer, begin, middle);
       descend(layer, middle, end);
-    } else if (const std::int32_t mask = mask_id(layer, keys); mask != kNothing) {
-      emit(begin, 1, mask);
+    } else {
+      add_partial(layer, begin, keys);
     }
   }
 
@@ -315,32 +300,113 @@ class Builder {
     pass_->runs.push_back({key_tile, count, mask});
   }
 
-  std::int32_t mask_id(const Layer& layer, const TokenSet& keys) {
+  /// One key tile that the layer covers in part, as far as its cover tells.
+  void add_partial(const Layer& layer, std::int32_t key_tile, const TokenSet& keys) {
     words_.clear();
-    layer.signature(positions_, keys, words_);
-    const auto [found, is_new] = mask_ids_.try_emplace(words_, kNothing);
-    if (!is_new) return found->second;
-    Mask mask{};
-    const std::uint64_t valid = low_bits(positions_.count);
-    bool any = false, all = true;
-    for (std::int64_t k = 0; k < keys.count; ++k) {
-      const std::uint64_t bits = layer.row_bits(positions_, keys[k]) & valid;
-      mask[static_cast<std::size_t>(k)] = bits;
-      any = any || bits != 0;
-      all = all && bits == valid;
+    const bool repeats = layer.signature(positions_, keys, words_);
+    if (repeats) {
+      const auto found = mask_ids_.find(words_);
+      const std::int32_t mask =
+          found != mask_ids_.end() ? found->second : add_mask(mask_of(layer, keys), keys);
+      if (found == mask_ids_.end()) mask_ids_.emplace(words_, mask);
+      if (mask == kNothing) return;
+      const bool listed = mask != kFull && listing_ == Listing::kAll &&
+                          loose_.size() < kMostListed && is_sparse(plan_.masks[index(mask)], keys);
+      listed ? list(plan_.masks[index(mask)], keys) : emit(key_tile, 1, mask);
+      return;
     }
-    if (all) return found->second = kFull;
-    if (!any) return kNothing;
+    const Mask mask = mask_of(layer, keys);
+    if (is_sparse(mask, keys)) {
+      list(mask, keys);
+    } else {
+      emit(key_tile, 1, add_mask(mask, keys));
+    }
+  }
+
+  Mask mask_of(const Layer& layer, const TokenSet& keys) const {
+    Mask mask{};
+    layer.tile(positions_, keys, mask.data());
+    for (std::uint64_t& bits : mask) bits &= low_bits(positions_.count);
+    return mask;
+  }
+
+  /// kNothing, kFull, or the number of the mask.
+  std::int32_t add_mask(const Mask& mask, const TokenSet& keys) {
+    const std::uint64_t all = low_bits(positions_.count);
+    const auto end = mask.begin() + keys.count;
+    if (std::all_of(mask.begin(), end, [&](std::uint64_t bits) { return bits == all; }))
+      return kFull;
+    if (std::all_of(mask.begin(), end, [](std::uint64_t bits) { return bits == 0; }))
+      return kNothing;
     plan_.masks.push_back(mask);
-    return found->second = static_cast<std::int32_t>(plan_.masks.size() - 1);
+    return static_cast<std::int32_t>(plan_.masks.size() - 1);
+  }
+
+  bool is_sparse(const Mask& mask, const TokenSet& keys) const {
+    return kListedPair * pairs_in(mask) < positions_.count * keys.count;
+  }
+
+  /// Of the rows that the tile at hand owns.
+  std::int64_t pairs_in(const Mask& mask) const {
+    std::int64_t pairs = 0;
+    for (const std::uint64_t bits : mask)
+      pairs += __builtin_popcountll(bits & pass_->row_tiles.back().owned);
+    return pairs;
+  }
+
+  void list(const Mask& mask, const TokenSet& keys) {
+    for (std::int64_t k = 0; k < keys.count; ++k) {
+      std::uint64_t bits = mask[index(k)] & pass_->row_tiles.back().owned;
+      for (; bits != 0; bits &= bits - 1) list(positions_[__builtin_ctzll(bits)], keys[k]);
+    }
+  }
+
+  void list(std::int64_t position, std::int64_t key) {
+    loose_.push_back({static_cast<std::int32_t>(position - plan_.sizes.offset()),
+                      static_cast<std::int32_t>(key)});
+  }
+
+  /// The lists that terms bring along, less what other layers and the listed rows have, and the
+  /// pairs of sparse tiles.
+  void add_lists() {
+    const bool as_they_are = of_lists_.size() == 1 && layers_.size() == 1 &&
+                             of_lists_[0].size() == 1 && listed_positions_.empty();
+    if (as_they_are) {
+      plan_.lists = *of_lists_[0][0]->lists();
+    } else {
+      for (std::size_t i = tiled_layers_; i < layers_.size(); ++i) list_layer(i);
+      if (!loose_.empty()) plan_.lists = lists_of(loose_, plan_.sizes.n_q);
+    }
+    const auto listed = static_cast<std::int64_t>(plan_.lists.keys.size());
+    plan_.pairs += listed;
+    plan_.visited += listed;
+  }
+
+  void list_layer(std::size_t i) {
+    const Layer layer{layers_[i], layers_.data(), i};
+    const auto brings = [](const PrimitivePtr& p) { return p->lists() != nullptr; };
+    const Lists& lists = *(*std::find_if(layer.term.begin(), layer.term.end(), brings))->lists();
+    for (std::int64_t query = 0; query < plan_.sizes.n_q; ++query) {
+      const std::int64_t position = query + plan_.sizes.offset();
+      if (std::binary_search(listed_positions_.begin(), listed_positions_.end(), position))
+        continue;
+      for (auto k = lists.starts[index(query)]; k < lists.starts[index(query + 1)]; ++k) {
+        const std::int64_t key = lists.keys[index(k)];
+        if (layer.contains(position, key)) list(position, key);
+      }
+    }
   }
 
   Plan plan_;
   Term all_;                               // the whole pattern, for the listed rows
   std::vector<Gather> gathers_;            // terms of listed keys
   std::map<std::int64_t, Terms> ordered_;  // terms in residue order, by step: a pass for each
-  Terms layers_;                           // both, in the order in which they claim pairs
+  Terms of_lists_;                         // terms that bring lists of keys along
+  Terms layers_;                           // all three, in the order in which they claim pairs
+  std::size_t tiled_layers_ = 0;           // how many come before those of lists
   TokenList listed_positions_;
+  Listing listing_;
+  std::vector<Pair> loose_;  // pairs that no tile holds
   std::unordered_map<Signature, std::int32_t, SignatureHash> mask_ids_;
 
   bool first_pass_ = true;
@@ -353,12 +419,13 @@ class Builder {
 
 }  // namespace
 
-Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile) {
-  return Builder(terms, sizes, tile).build();
+Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile, Listing listing) {
+  return Builder(terms, sizes, tile, listing).build();
 }
 
 std::int64_t Plan::bytes() const {
-  std::int64_t total = bytes_of(token_list) + bytes_of(masks);
+  std::int64_t total =
+      bytes_of(token_list) + bytes_of(masks) + bytes_of(lists.starts) + bytes_of(lists.keys);
   for (const Pass& pass : passes) {
     total += bytes_of(pass.row_tiles) + bytes_of(pass.key_tiles) + bytes_of(pass.runs);
   }

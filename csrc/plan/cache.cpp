@@ -82,25 +82,30 @@ LruCache<Schedule>& schedules() {
 
 }  // namespace
 
-std::shared_ptr<const Plan> cached_plan(const Expression& expression, Sizes sizes) {
+std::shared_ptr<const Plan> plan_of(const Expression& expression, Sizes sizes,
+                                    const PatternTensor* tensors) {
+  const auto make = [&] {
+    return std::make_shared<const Plan>(choose_plan(expand(expression, sizes, tensors), sizes));
+  };
+  if (tensor_count(expression) > 0) return make();  // the tensors may hold other values next time
   Words key = encode(expression);
   key.insert(key.end(), {sizes.n_q, sizes.n_k});
-  return plans().get(key, [&] {
-    return std::make_shared<const Plan>(build_plan(expand(expression, sizes), sizes));
-  });
+  return plans().get(key, make);
 }
 
-std::shared_ptr<const Schedule> cached_schedule(const Expression& expression, Sizes sizes,
-                                                Direction direction, std::int64_t heads,
-                                                int chunks) {
+std::shared_ptr<const Schedule> schedule_of(const Expression& expression, Sizes sizes,
+                                            const PatternTensor* tensors, Direction direction,
+                                            std::int64_t heads, int chunks) {
+  const auto make = [&] {
+    std::shared_ptr<const Plan> plan = plan_of(expression, sizes, tensors);
+    const int cut = chunks > 0 ? chunks : chunk_count(*plan, heads);
+    return std::make_shared<const Schedule>(std::move(plan), direction, cut);
+  };
+  if (tensor_count(expression) > 0) return make();
   Words key = encode(expression);
   key.insert(key.end(),
              {sizes.n_q, sizes.n_k, static_cast<std::int64_t>(direction), heads, chunks});
-  return schedules().get(key, [&] {
-    std::shared_ptr<const Plan> plan = cached_plan(expression, sizes);
-    const int cut = chunks > 0 ? chunks : chunk_count(*plan, heads);
-    return std::make_shared<const Schedule>(std::move(plan), direction, cut);
-  });
+  return schedules().get(key, make);
 }
 
 void clear_plan_cache() {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "plan/lists.h"
+
 namespace sparse_attn {
 namespace {
 
@@ -216,10 +218,17 @@ Schedule::Schedule(std::shared_ptr<const Plan> plan, Direction direction, int ch
   view_.passes = array(passes_);
   view_.token_list = plan_->token_list.data();
   view_.masks = reinterpret_cast<const std::uint64_t(*)[kMaxTile]>(plan_->masks.data());
+  view_.tile_keys = plan_->tile.keys;
+  if (plan_->lists.keys.empty()) return;
+  view_.keys_of_query = {plan_->lists.starts.data(), plan_->lists.keys.data()};
+  if (direction == Direction::kForward) return;
+  queries_of_key_ = transposed(plan_->lists, plan_->sizes.n_k);
+  view_.queries_of_key = {queries_of_key_.starts.data(), queries_of_key_.keys.data()};
 }
 
 std::int64_t Schedule::bytes() const {
-  std::int64_t total = plan_->bytes();
+  std::int64_t total =
+      plan_->bytes() + bytes_of(queries_of_key_.starts) + bytes_of(queries_of_key_.keys);
   for (const PassPartition& p : partitions_) total += p.bytes();
   return total;
 }

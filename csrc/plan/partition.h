@@ -47,6 +47,7 @@ class Schedule {
   std::shared_ptr<const Plan> plan_;
   std::vector<PassPartition> partitions_;
   std::vector<PassView> passes_;
+  Lists queries_of_key_;
   PlanView view_;
 };
 

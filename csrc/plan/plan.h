@@ -1,5 +1,5 @@
-// A plan: which key tiles each row tile of one head visits. Built once per (pattern, sizes),
-// cached, printable, countable.
+// A plan: which key tiles each row tile of one head visits, and which single keys besides. Built
+// once per (pattern, sizes), cached, printable, countable.
 #pragma once
 
 #include <array>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "patterns/expression.h"
+#include "patterns/expand.h"
 #include "plan/schedule.h"
 
 namespace sparse_attn {
@@ -36,9 +36,10 @@ struct Plan {
   std::vector<Pass> passes;
   std::vector<std::int64_t> token_list;  // listed rows (as query indices) and gathered keys
   std::vector<Mask> masks;
+  Lists lists;  // for each query the keys that no tile holds
 
   std::int64_t pairs = 0;    // allowed (query, key) pairs, exactly
-  std::int64_t visited = 0;  // pairs in the visited tiles
+  std::int64_t visited = 0;  // pairs in the visited tiles, and those of the lists
 
   std::int64_t bytes() const;
   std::string to_string() const;
@@ -49,7 +50,15 @@ std::int64_t bytes_of(const std::vector<T>& v) {
   return static_cast<std::int64_t>(v.size() * sizeof(T));
 }
 
-Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile = {});
+/// Which tiles to put into lists if they hold few pairs: those whose mask no other tile has, or
+/// all.
+enum class Listing { kUnique, kAll };
+
+Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile = {},
+                Listing listing = Listing::kUnique);
+
+/// The plan of the tile shape and the listing that should take the least time.
+Plan choose_plan(const Terms& terms, Sizes sizes);
 
 /// Calls visit(key_tile, mask) for each key tile of the runs, in order.
 template <class Visit>

@@ -93,10 +93,19 @@ struct PassView {
   std::int32_t key_slots;
 };
 
+/// A list for each row: items[starts[i]], ..., items[starts[i + 1] - 1]. Null when there are none.
+struct ListsView {
+  const std::int64_t* starts = nullptr;
+  const std::int32_t* items = nullptr;
+};
+
 struct PlanView {
   Array<PassView> passes;
   const std::int64_t* token_list;
   const std::uint64_t (*masks)[kMaxTile];  // masks[id][key] has bit r set when row r sees the key
+  std::int32_t tile_keys;                  // of a whole key tile
+  ListsView keys_of_query;                 // pairs that no tile holds: after the passes
+  ListsView queries_of_key;                // the same pairs, backward only
 };
 
 inline std::int64_t token(const Tile& tile, const std::int64_t* list, int i) {

@@ -212,6 +212,7 @@ struct Case {
   std::vector<Expression> patterns;  // one, or one for each head
   TileShape tile;
   int chunks;
+  Listing listing = Listing::kUnique;
   Tensor query, key, value, grad_output;
   std::vector<std::uint8_t> padding;  // empty = none
   Numbers grad_lse;                   // empty = none
@@ -292,8 +293,8 @@ struct Case {
            std::to_string(shape.head_dim) + "/" + std::to_string(shape.value_dim) + "), layout " +
            std::to_string(static_cast<int>(shape.layout)) + ", " + std::to_string(chunks) +
            " chunks in tiles of " + std::to_string(tile.rows) + " x " + std::to_string(tile.keys) +
-           (padding.empty() ? "" : ", padded") + ", pattern " +
-           ::to_string(patterns[0], shape.sizes);
+           (padding.empty() ? "" : ", padded") + (listing == Listing::kAll ? ", listed" : "") +
+           ", pattern " + ::to_string(patterns[0], shape.sizes);
   }
 };
 
@@ -329,7 +330,7 @@ class Plans {
     std::vector<std::shared_ptr<const Schedule>> of_pattern;
     for (const Expression& pattern : c.patterns) {
       auto plan = std::make_shared<const Plan>(
-          build_plan(expand(pattern, c.shape.sizes), c.shape.sizes, c.tile));
+          build_plan(expand(pattern, c.shape.sizes), c.shape.sizes, c.tile, c.listing));
       of_pattern.push_back(std::make_shared<const Schedule>(std::move(plan), direction, c.chunks));
     }
     for (std::int64_t i = 0; i < c.shape.batch * c.shape.heads(); ++i) {

@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
-#include "patterns/expression.h"
+#include "patterns/expand.h"
 #include "patterns/window.h"
+#include "random.h"
 
 /// Numbers that are the same on every platform.
 class Random {
@@ -34,24 +36,24 @@ class Random {
 
 inline sparse_attn::Expression window(std::int64_t left, std::int64_t right,
                                       std::int64_t dilation = 1) {
-  return {sparse_attn::Word::kWindow, {left, right, dilation}, {}};
+  return {sparse_attn::Word::kWindow, {left, right, dilation}, {}, 0};
 }
 
 /// Runs (start, stop) of tokens.
 inline sparse_attn::Expression global_keys(std::vector<std::int64_t> runs) {
-  return {sparse_attn::Word::kGlobalKeys, std::move(runs), {}};
+  return {sparse_attn::Word::kGlobalKeys, std::move(runs), {}, 0};
 }
 
 inline sparse_attn::Expression global_queries(std::vector<std::int64_t> runs) {
-  return {sparse_attn::Word::kGlobalQueries, std::move(runs), {}};
+  return {sparse_attn::Word::kGlobalQueries, std::move(runs), {}, 0};
 }
 
 inline sparse_attn::Expression any_of(std::vector<sparse_attn::Expression> parts) {
-  return {sparse_attn::Word::kUnion, {}, std::move(parts)};
+  return {sparse_attn::Word::kUnion, {}, std::move(parts), 0};
 }
 
 inline sparse_attn::Expression all_of(std::vector<sparse_attn::Expression> parts) {
-  return {sparse_attn::Word::kIntersection, {}, std::move(parts)};
+  return {sparse_attn::Word::kIntersection, {}, std::move(parts), 0};
 }
 
 inline sparse_attn::Expression full() {
@@ -90,8 +92,37 @@ inline std::vector<std::int64_t> random_runs(Random& random, std::int64_t n) {
   return runs;
 }
 
+/// Periods, edges, blocks and random pairs.
+inline sparse_attn::Expression random_blocks_or_tokens(Random& random, std::int64_t n) {
+  using sparse_attn::Word;
+  const std::int64_t block = random.chance(30) ? random.between(1, n + 5) : random.between(1, 9);
+  const auto few = [&] { return random.between(0, 3); };
+  const auto seed = static_cast<std::int64_t>(random.word());
+  switch (random.between(1, 8)) {
+    case 1:
+      return {Word::kPeriodicKeys, {block, random.between(0, block + 1)}, {}, 0};
+    case 2:
+      return {Word::kEdgeKeys, {block, few(), few()}, {}, 0};
+    case 3:
+      return {Word::kEdgeQueries, {block, few(), few()}, {}, 0};
+    case 4:
+      return {Word::kBlockWindow, {block, few(), few()}, {}, 0};
+    case 5:
+      return {Word::kCheckerboard, {random.chance(40) ? 1 : block}, {}, 0};
+    case 6:
+      return {Word::kRadial, {few()}, {}, 0};
+    case 7:
+      return {Word::kRandomBlocks, {few(), block, seed}, {}, 0};
+    default: {
+      const std::int64_t percent = random.pick<std::int64_t>({0, 2, 10, 50, 100});
+      return {Word::kRandomTokens, {(std::int64_t{1} << 32) * percent / 100, seed}, {}, 0};
+    }
+  }
+}
+
 inline sparse_attn::Expression random_expression(Random& random, std::int64_t n_k, int depth = 3) {
   const std::int64_t kind = random.between(1, depth > 0 ? 10 : 5);
+  if (random.chance(25)) return random_blocks_or_tokens(random, n_k);
   if (kind == 1) return global_keys(random_runs(random, n_k));
   if (kind == 2) return global_queries(random_runs(random, n_k));
   if (kind <= 5) return random_window(random, n_k);
@@ -126,7 +157,30 @@ inline std::string to_string(const sparse_attn::Expression& expression, sparse_a
   return text + "for " + std::to_string(sizes.n_q) + " x " + std::to_string(sizes.n_k);
 }
 
-/// Whether query i sees key j: the documented meaning, with no help from the library.
+/// Floyd's sample of `count` of `blocks` numbers, as a set.
+inline std::set<std::int64_t> drawn_blocks(std::int64_t count, std::int64_t blocks,
+                                           std::uint64_t seed, std::int64_t row) {
+  std::set<std::int64_t> drawn;
+  count = std::min(count, blocks);
+  for (std::int64_t t = blocks - count; t < blocks; ++t) {
+    const auto draw = static_cast<std::uint32_t>(t - (blocks - count));
+    const sparse_attn::Random4 random = sparse_attn::philox(
+        seed, draw, static_cast<std::uint32_t>(row), sparse_attn::Stream::kBlocks);
+    if (!drawn.insert(sparse_attn::below(random, t + 1)).second) drawn.insert(t);
+  }
+  return drawn;
+}
+
+/// Whether a distance is in a radial pattern: within the radius, or a multiple of 2^k in octave k.
+inline bool radial_distance(std::int64_t radius, std::int64_t distance) {
+  if (distance <= radius) return true;
+  for (std::int64_t step = 2; radius > 0; step *= 2) {
+    if (distance <= radius * step) return distance % step == 0;
+  }
+  return false;
+}
+
+/// Whether query i sees key j: the documented meaning, with no help from the library's patterns.
 inline bool sees(const sparse_attn::Expression& expression, sparse_attn::Sizes sizes,
                  std::int64_t i, std::int64_t j) {
   using sparse_attn::Word;
@@ -143,7 +197,37 @@ inline bool sees(const sparse_attn::Expression& expression, sparse_attn::Sizes s
   const auto part_sees = [&](const sparse_attn::Expression& part) {
     return sees(part, sizes, i, j);
   };
+  const auto block_of = [&](std::int64_t token) { return token / values[0]; };
+  const auto at_edge = [&](std::int64_t token) {
+    const std::int64_t blocks = (sizes.n_k + values[0] - 1) / values[0];
+    return token >= 0 && (block_of(token) < values[1] || block_of(token) >= blocks - values[2]);
+  };
   switch (expression.word) {
+    case Word::kPeriodicKeys:
+      return j % values[0] >= values[0] - values[1];
+    case Word::kEdgeKeys:
+      return at_edge(j);
+    case Word::kEdgeQueries:
+      return at_edge(position);
+    case Word::kBlockWindow:
+      return position >= 0 && block_of(j) >= block_of(position) - values[1] &&
+             block_of(j) <= block_of(position) + values[2];
+    case Word::kCheckerboard:
+      return position >= 0 && (block_of(position) + block_of(j)) % 2 == 0;
+    case Word::kRadial:
+      return radial_distance(values[0], std::abs(position - j));
+    case Word::kRandomBlocks: {
+      const std::int64_t block = values[1], blocks = (sizes.n_k + block - 1) / block;
+      return position >= 0 && drawn_blocks(values[0], blocks, static_cast<std::uint64_t>(values[2]),
+                                           position / block)
+                                      .count(j / block) > 0;
+    }
+    case Word::kRandomTokens: {
+      const sparse_attn::Random4 random = sparse_attn::philox(
+          static_cast<std::uint64_t>(values[1]), static_cast<std::uint32_t>(j / 4),
+          static_cast<std::uint32_t>(position), sparse_attn::Stream::kTokens);
+      return random.word[j % 4] < values[0];
+    }
     case Word::kWindow: {
       const std::int64_t steps = (j - position) / values[2];
       return steps * values[2] == j - position && -values[0] <= steps && steps <= values[1];

@@ -63,7 +63,31 @@ void test_random_cases() {
     // Heads that share keys must share their plan, or take turns.
     if (per_head && shape.group > 1) chunks = 1;
     Case c(random, kTypes[i % 4], shape, patterns, random.pick(tiles), chunks);
+    c.listing = random.pick<Listing>({Listing::kUnique, Listing::kAll});
     check_case(c);
+  }
+}
+
+/// Single keys: after tiles and without, in rows that see nothing else.
+void test_lists() {
+  Random random(6);
+  for (const DataType type : kTypes) {
+    for (const Expression& pattern :
+         {Expression{Word::kRandomTokens, {std::int64_t{1} << 28, 3}, {}, 0},
+          any_of({window(2, 2), window(1, 1, 9), global_queries({5, 6})})}) {
+      Shape shape;
+      shape.heads_kv = 2;
+      shape.group = 2;
+      shape.sizes = {130, 150};
+      shape.head_dim = random.pick<std::int64_t>({8, 33, 64});
+      shape.value_dim = random.pick<std::int64_t>({5, 64, 80});
+      shape.layout = random_layout(random);
+      Case c(random, type, shape, {pattern}, {}, 2);
+      c.listing = Listing::kAll;
+      const Plan plan = build_plan(expand(pattern, shape.sizes), shape.sizes, c.tile, c.listing);
+      CHECK(plan.lists.keys.size() > 100);
+      check_case(c);
+    }
   }
 }
 
@@ -247,6 +271,7 @@ int main() {
   for (const char* isa : isas()) std::cout << isa << "\n";
   test_dispatch();
   test_random_cases();
+  test_lists();
   test_head_sizes();
   test_several_passes();
   test_global_tokens_in_chunks();

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "patterns/union.h"
 #include "plan/cache.h"
+#include "plan/lists.h"
 #include "plan/partition.h"
 #include "plan/plan.h"
 #include "random_patterns.h"
@@ -83,10 +84,35 @@ std::int64_t walk(const Plan& plan, const Pass& pass, const RowTile& row,
   return visited;
 }
 
-void check_plan(const Expression& expression, Sizes sizes, TileShape tile) {
-  const Plan plan = build_plan(expand(expression, sizes), sizes, tile);
+/// Adds the pairs of the lists to `covered`; returns their number. The transpose holds the same.
+std::int64_t walk_lists(const Plan& plan, std::vector<int>& covered) {
+  const Lists& lists = plan.lists;
+  if (lists.keys.empty()) return 0;
+  CHECK_EQUAL(lists.starts.size(), index(plan.sizes.n_q + 1));
+  CHECK_EQUAL(lists.starts.back(), static_cast<std::int64_t>(lists.keys.size()));
+  const Lists queries = transposed(lists, plan.sizes.n_k);
+  CHECK_EQUAL(queries.starts.size(), index(plan.sizes.n_k + 1));
+  CHECK_EQUAL(queries.keys.size(), lists.keys.size());
+  for (std::int64_t q = 0; q < plan.sizes.n_q; ++q) {
+    CHECK(lists.starts[index(q)] <= lists.starts[index(q + 1)]);
+    for (std::int64_t i = lists.starts[index(q)]; i < lists.starts[index(q + 1)]; ++i) {
+      const std::int64_t key = lists.keys[index(i)];
+      CHECK(0 <= key && key < plan.sizes.n_k);
+      ++covered[index(q * plan.sizes.n_k + key)];
+      const auto begin = queries.keys.begin();
+      CHECK(std::binary_search(begin + queries.starts[index(key)],
+                               begin + queries.starts[index(key + 1)], q));
+    }
+  }
+  return static_cast<std::int64_t>(lists.keys.size());
+}
+
+/// Holds a plan to the pairs that it should have.
+void check_plan(const Plan& plan, const std::vector<char>& expected) {
+  const Sizes sizes = plan.sizes;
+  const TileShape tile = plan.tile;
   std::vector<int> covered(index(sizes.n_q * sizes.n_k));
-  std::int64_t visited = 0;
+  std::int64_t visited = walk_lists(plan, covered);
   CHECK(!plan.passes.empty());
   for (const Pass& pass : plan.passes) {
     const bool first = &pass == &plan.passes.front();
@@ -109,7 +135,6 @@ void check_plan(const Expression& expression, Sizes sizes, TileShape tile) {
     CHECK_EQUAL(runs, pass.runs.size());
     for (const int times : owners) CHECK(first ? times == 1 : times <= 1);
   }
-  const std::vector<char> expected = dense(expression, sizes);
   std::int64_t pairs = 0;
   for (std::size_t p = 0; p < expected.size(); ++p) {
     pairs += expected[p];
@@ -119,6 +144,76 @@ void check_plan(const Expression& expression, Sizes sizes, TileShape tile) {
   CHECK_EQUAL(plan.visited, visited);
   CHECK(plan.bytes() > 0);
   CHECK(plan.to_string().find(std::to_string(pairs) + " pairs") != std::string::npos);
+}
+
+void check_plan(const Expression& expression, Sizes sizes, TileShape tile) {
+  const Terms terms = expand(expression, sizes);
+  const std::vector<char> expected = dense(expression, sizes);
+  check_plan(build_plan(terms, sizes, tile), expected);
+  check_plan(build_plan(terms, sizes, tile, Listing::kAll), expected);
+  check_plan(choose_plan(terms, sizes), expected);
+}
+
+/// Layouts and lists of keys, alone and with other patterns.
+void test_plans_of_tensors() {
+  Random random(3);
+  for (int i = 0; i < 300; ++i) {
+    const Sizes sizes = random_sizes(random, i % 5 == 0 ? 200 : 60);
+    const std::int64_t block = random.pick<std::int64_t>({1, 3, 16, 40});
+    const std::int64_t rows = (sizes.n_q + block - 1) / block,
+                       columns = (sizes.n_k + block - 1) / block;
+    std::vector<std::uint8_t> layout(index(rows * columns));
+    const int density = random.pick<int>({3, 30, 97});
+    for (std::uint8_t& byte : layout) byte = random.chance(density);
+    const std::int64_t width = random.between(0, 9);
+    std::vector<std::int64_t> indices(index(sizes.n_q * width)), counts(index(sizes.n_q));
+    for (std::int64_t& key : indices) key = random.between(0, sizes.n_k - 1);
+    for (std::int64_t& count : counts) count = random.between(0, width);
+    const PatternTensor tensors[] = {
+        {layout.data(), columns}, {indices.data(), width}, {counts.data(), 1}};
+    const Expression of_layout{Word::kBlockLayout, {block}, {}, 0},
+        of_lists{Word::kKeyLists, {1}, {}, 1};
+
+    std::vector<char> layout_pairs, list_pairs(index(sizes.n_q * sizes.n_k));
+    for (std::int64_t q = 0; q < sizes.n_q; ++q) {
+      for (std::int64_t k = 0; k < sizes.n_k; ++k)
+        layout_pairs.push_back(layout[index(q / block * columns + k / block)] != 0);
+      for (std::int64_t c = 0; c < counts[index(q)]; ++c)
+        list_pairs[index(q * sizes.n_k + indices[index(q * width + c)])] = 1;
+    }
+    const Expression other = random_expression(random, sizes.n_k, 1);
+    const std::vector<char> other_pairs = dense(other, sizes);
+    check::context = to_string(other, sizes) + " with blocks of " + std::to_string(block);
+    const auto check = [&](const Expression& expression, auto expected) {
+      const Terms terms = expand(expression, sizes, tensors);
+      std::vector<char> pairs;
+      for (std::size_t p = 0; p < other_pairs.size(); ++p)
+        pairs.push_back(expected(layout_pairs[p] != 0, list_pairs[p] != 0, other_pairs[p] != 0));
+      check_plan(build_plan(terms, sizes, random.pick(kTileShapes)), pairs);
+      check_plan(choose_plan(terms, sizes), pairs);
+    };
+    check(of_layout, [](bool a, bool, bool) { return a; });
+    check(of_lists, [](bool, bool b, bool) { return b; });
+    check(any_of({of_layout, of_lists}), [](bool a, bool b, bool) { return a || b; });
+    check(all_of({of_layout, of_lists}), [](bool a, bool b, bool) { return a && b; });
+    check(any_of({of_lists, other}), [](bool, bool b, bool c) { return b || c; });
+    check(all_of({of_lists, other}), [](bool, bool b, bool c) { return b && c; });
+    check(any_of({of_layout, other}), [](bool a, bool, bool c) { return a || c; });
+    check(all_of({of_layout, other}), [](bool a, bool, bool c) { return a && c; });
+
+    if (width == 0) continue;
+    indices[0] = sizes.n_k;
+    counts[0] = width;
+    CHECK_THROWS(expand(of_lists, sizes, tensors), std::invalid_argument);
+    indices[0] = -1;
+    CHECK_THROWS(expand(of_lists, sizes, tensors), std::invalid_argument);
+    indices[0] = 0;
+    counts[0] = width + 1;
+    CHECK_THROWS(expand(of_lists, sizes, tensors), std::invalid_argument);
+    counts[0] = -1;
+    CHECK_THROWS(expand(of_lists, sizes, tensors), std::invalid_argument);
+  }
+  check::context.clear();
 }
 
 void test_random_plans() {
@@ -394,6 +489,23 @@ void test_overhead() {
   CHECK(overhead(window(256, 256)) < 1.13);
   CHECK(overhead(window(256, 256, 4)) < 1.13);
   CHECK(overhead(any_of({window(256, 256), global_keys({0, 64}), global_queries({0, 64})})) < 1.2);
+  const Expression segments{Word::kBlockWindow, {128, 0, 0}, {}, 0},
+      summaries{Word::kPeriodicKeys, {128, 8}, {}, 0};
+  CHECK(overhead(all_of({any_of({segments, summaries}), causal()})) < 1.35);
+  CHECK(overhead({Word::kRandomBlocks, {3, 64, 5}, {}, 0}) == 1.0);
+  CHECK(overhead({Word::kCheckerboard, {1}, {}, 0}) == 1.0);
+  CHECK(overhead({Word::kRadial, {512}, {}, 0}) < 1.25);
+  CHECK(overhead({Word::kRandomTokens, {std::int64_t{1} << 27, 5}, {}, 0}) == 1.0);
+
+  const Sizes long_sizes{4 * n, 4 * n};
+  const auto chosen = [&](const Expression& expression) {
+    const Plan plan = choose_plan(expand(expression, long_sizes), long_sizes);
+    return static_cast<double>(plan.visited) / static_cast<double>(plan.pairs);
+  };
+  CHECK(chosen(any_of({window(127, 0), window(INT64_MAX, 0, 128)})) < 1.3);
+  CHECK(chosen({Word::kBlockWindow, {48, 0, 0}, {}, 0}) == 1.0);
+  CHECK(chosen({Word::kBlockWindow, {100, 1, 1}, {}, 0}) == 1.0);
+  CHECK(chosen({Word::kRadial, {1}, {}, 0}) < 2.0);
 }
 
 // ---- the cache
@@ -403,32 +515,32 @@ void test_cache() {
   clear_plan_cache();
   CHECK_EQUAL(plan_cache_size(), 0);
   const Sizes sizes{10, 10};
-  const auto plan = cached_plan(window(1, 1), sizes);
-  CHECK(cached_plan(window(1, 1), sizes) == plan);
-  CHECK(cached_plan(window(1, 2), sizes) != plan);
-  CHECK(cached_plan(window(1, 1), {10, 11}) != plan);
-  CHECK(cached_plan(window(1, 1), {11, 10}) != plan);
+  const auto plan = plan_of(window(1, 1), sizes, nullptr);
+  CHECK(plan_of(window(1, 1), sizes, nullptr) == plan);
+  CHECK(plan_of(window(1, 2), sizes, nullptr) != plan);
+  CHECK(plan_of(window(1, 1), {10, 11}, nullptr) != plan);
+  CHECK(plan_of(window(1, 1), {11, 10}, nullptr) != plan);
   CHECK_EQUAL(plan_cache_size(), 4);
-  CHECK_THROWS(cached_plan(global_keys({0, 11}), sizes), std::invalid_argument);
+  CHECK_THROWS(plan_of(global_keys({0, 11}), sizes, nullptr), std::invalid_argument);
   CHECK_EQUAL(plan_cache_size(), 4);
 
-  const auto schedule = cached_schedule(window(1, 1), sizes, Direction::kForward, 8);
+  const auto schedule = schedule_of(window(1, 1), sizes, nullptr, Direction::kForward, 8);
   CHECK(&schedule->plan() == plan.get());
-  CHECK(cached_schedule(window(1, 1), sizes, Direction::kForward, 8) == schedule);
-  CHECK(cached_schedule(window(1, 1), sizes, Direction::kBackward, 8) != schedule);
-  CHECK(cached_schedule(window(1, 1), sizes, Direction::kForward, 8, 3) != schedule);
+  CHECK(schedule_of(window(1, 1), sizes, nullptr, Direction::kForward, 8) == schedule);
+  CHECK(schedule_of(window(1, 1), sizes, nullptr, Direction::kBackward, 8) != schedule);
+  CHECK(schedule_of(window(1, 1), sizes, nullptr, Direction::kForward, 8, 3) != schedule);
   CHECK_EQUAL(plan_cache_size(), 4);
 
   clear_plan_cache();
   CHECK_EQUAL(plan_cache_size(), 0);
   CHECK_EQUAL(plan->pairs, 28);  // whoever holds a plan keeps it
-  CHECK(cached_plan(window(1, 1), sizes) != plan);
+  CHECK(plan_of(window(1, 1), sizes, nullptr) != plan);
 }
 
 void test_cache_is_bounded() {
   clear_plan_cache();
   std::vector<std::weak_ptr<const Plan>> plans;
-  const auto ask = [](std::int64_t left) { return cached_plan(window(left, 1), {4, 4}); };
+  const auto ask = [](std::int64_t left) { return plan_of(window(left, 1), {4, 4}, nullptr); };
   const std::int64_t many = 2000;
   const auto kept = ask(many);
   for (std::int64_t left = 0; left < many; ++left) {
@@ -452,7 +564,7 @@ void test_cache_is_bounded_in_bytes() {
   const std::int64_t n = std::int64_t{1} << 19;
   std::int64_t bytes = 0;
   for (std::int64_t i = 0; i < 10; ++i) {
-    bytes += cached_plan(window(1, 1, n / 2 + i), {n, n})->bytes();
+    bytes += plan_of(window(1, 1, n / 2 + i), {n, n}, nullptr)->bytes();
     if (plan_cache_size() <= i) {
       CHECK(bytes > std::int64_t{128} << 20);
       break;
@@ -460,7 +572,7 @@ void test_cache_is_bounded_in_bytes() {
     CHECK(bytes <= std::int64_t{128} << 20);
   }
   CHECK(plan_cache_size() < 10);
-  for (std::int64_t left = 0; left < 20; ++left) cached_plan(window(left, 0), {4, 4});
+  for (std::int64_t left = 0; left < 20; ++left) plan_of(window(left, 0), {4, 4}, nullptr);
   CHECK(plan_cache_size() >= 20);  // those that left are no longer counted
   clear_plan_cache();
 }
@@ -477,7 +589,7 @@ void test_cache_from_several_threads() {
       Random random(static_cast<std::uint64_t>(t));
       for (int i = 0; i < kRounds * kPatterns; ++i) {
         const std::int64_t w = i < kPatterns ? i : random.between(0, kPatterns - 1);
-        const auto schedule = cached_schedule(window(w, 0), {50, 50}, Direction::kForward, 1);
+        const auto schedule = schedule_of(window(w, 0), {50, 50}, nullptr, Direction::kForward, 1);
         auto& mine = found[index(t)][index(w)];
         if (mine && mine != schedule) ++wrong[index(t)];
         mine = schedule;
@@ -500,6 +612,7 @@ void test_cache_from_several_threads() {
 int main() {
   test_usual_plans();
   test_random_plans();
+  test_plans_of_tensors();
   test_schedules();
   test_shares_are_even();
   test_growth_is_linear();

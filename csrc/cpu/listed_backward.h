@@ -1,0 +1,163 @@
+// Backward for the pairs that no tile holds, in two sweeps that each own what they add to: over the
+// queries for dQ, over the keys, by the transposed lists, for dK and dV. Both recompute
+// P = exp(S - lse) and dS = P ∘ (dP - delta).
+#pragma once
+
+#include "lists.h"
+#include "scheduler.h"
+#include "softmax.h"
+
+namespace {
+
+template <class S>
+class ListedBackward {
+ public:
+  using T = Real<S>;
+
+  struct Scratch {
+    Scratch(Arena& arena, int d, int dv)
+        : row(arena.take<T>(round_up(d, kLanes<T>))),
+          other(arena.take<T>(round_up(dv, kLanes<T>))),
+          sum(arena.take<T>(round_up(d, kLanes<T>))),
+          other_sum(arena.take<T>(round_up(dv, kLanes<T>))),
+          p(arena.take<T>(kListBlock)),
+          ds(arena.take<T>(kListBlock)),
+          lse(arena.take<T>(kListBlock)),
+          delta(arena.take<T>(kListBlock)) {}
+
+    T* row;        // a query or a key, scaled
+    T* other;      // its output gradient or value
+    T* sum;        // dQ or dK
+    T* other_sum;  // dV
+    T* p;          // [item of the list]
+    T* ds;
+    T* lse;
+    T* delta;
+  };
+
+  /// `delta` is room for (batch, heads, n_q).
+  ListedBackward(const AttentionParams& params, T* delta)
+      : p_(params),
+        d_(static_cast<int>(params.head_dim)),
+        dv_(static_cast<int>(params.value_dim)),
+        delta_(delta) {}
+
+  /// Adds to the rows of dQ, and leaves delta for the other sweep.
+  void queries(const Scratch& scratch, int64_t head, Head<T> grad_query, const Share& share) const {
+    const auto& lists = p_.plans[head]->keys_of_query;
+    if (!lists.starts) return;
+    const Operands of(*this, head);
+    for (int64_t i = share.begin; i < share.end; ++i) {
+      const int32_t *begin = lists.items + lists.starts[i],
+                    *end = lists.items + lists.starts[i + 1];
+      if (begin == end) continue;
+      const T lse = of.lse[i];
+      of.delta[i] = T{0};
+      if (lse == -kInfinity<T>) continue;
+      load_row(scratch.row, of.query, i, d_, static_cast<T>(p_.scale));
+      load_row(scratch.other, of.grad_output, i, dv_, T{1});
+      const T delta = of.delta[i] = delta_of(scratch.other, of, i);
+      fill_zero(scratch.sum, round_up(d_, kLanes<T>));
+      for_each_block(begin, end, of.padding, [&](const int32_t* list, int count) {
+        for (int k = 0; k < count; ++k) {
+          scratch.lse[k] = lse;
+          scratch.delta[k] = delta;
+        }
+        logit_gradients(scratch, of.key, of.value, list, count);
+        combine<S>(scratch.sum, T{1}, scratch.ds, of.key, list, count, d_);
+      });
+      add(grad_query.data + i * grad_query.stride, scratch.sum, d_);
+    }
+  }
+
+  /// Adds to the rows of dK and dV what one query head contributes.
+  void keys(const Scratch& scratch, int64_t head, Head<T> grad_key, Head<T> grad_value,
+            const Share& share) const {
+    const auto& lists = p_.plans[head]->queries_of_key;
+    if (!lists.starts) return;
+    const Operands of(*this, head);
+    for (int64_t j = share.begin; j < share.end; ++j) {
+      const int32_t *begin = lists.items + lists.starts[j],
+                    *end = lists.items + lists.starts[j + 1];
+      if (begin == end || (of.padding && of.padding[j])) continue;
+      load_row(scratch.row, of.key, j, d_, static_cast<T>(p_.scale));
+      load_row(scratch.other, of.value, j, dv_, T{1});
+      fill_zero(scratch.sum, round_up(d_, kLanes<T>));
+      fill_zero(scratch.other_sum, round_up(dv_, kLanes<T>));
+      for_each_block(begin, end, nullptr, [&](const int32_t* list, int count) {
+        for (int i = 0; i < count; ++i) {
+          const T lse = of.lse[list[i]];  // without keys, the probabilities are 0
+          scratch.lse[i] = lse == -kInfinity<T> ? kInfinity<T> : lse;
+          scratch.delta[i] = of.delta[list[i]];
+        }
+        logit_gradients(scratch, of.query, of.grad_output, list, count);
+        combine<S>(scratch.sum, T{1}, scratch.ds, of.query, list, count, d_);
+        combine<S>(scratch.other_sum, T{1}, scratch.p, of.grad_output, list, count, dv_);
+      });
+      add(grad_key.data + j * grad_key.stride, scratch.sum, d_);
+      add(grad_value.data + j * grad_value.stride, scratch.other_sum, dv_);
+    }
+  }
+
+ private:
+  /// What one query head reads.
+  struct Operands {
+    Operands(const ListedBackward& b, int64_t head)
+        : query(head_of<const S>(b.p_.query, b.p_.heads, head)),
+          grad_output(head_of<const S>(b.p_.grad_output, b.p_.heads, head)),
+          output(head_of<const S>(b.p_.output, b.p_.heads, head)),
+          key(head_of<const S>(b.p_.key, b.p_.heads_kv, head / (b.p_.heads / b.p_.heads_kv))),
+          value(head_of<const S>(b.p_.value, b.p_.heads_kv, head / (b.p_.heads / b.p_.heads_kv))),
+          padding(b.p_.key_padding ? b.p_.key_padding + head / b.p_.heads * b.p_.n_k : nullptr),
+          lse(static_cast<const T*>(b.p_.lse) + head * b.p_.n_q),
+          grad_lse(b.p_.grad_lse ? static_cast<const T*>(b.p_.grad_lse) + head * b.p_.n_q
+                                 : nullptr),
+          delta(b.delta_ + head * b.p_.n_q) {}
+
+    Head<const S> query, grad_output, output, key, value;
+    const uint8_t* padding;
+    const T* lse;
+    const T* grad_lse;
+    T* delta;
+  };
+
+  static void load_row(T* to, Head<const S> rows, int64_t i, int size, T factor) {
+    const int padded = round_up(size, kLanes<T>);
+    pack_row<S>(to, rows.data + i * rows.stride, size, padded);
+    for (int c = 0; c < padded; c += kLanes<T>) store(to + c, load(to + c) * factor);
+  }
+
+  /// rowsum(dO ∘ O) less the gradient of the log-sum-exp.
+  T delta_of(const T* grad_output, const Operands& of, int64_t i) const {
+    const Vec<T> products = partial_dot<S>(grad_output, of.output.data + i * of.output.stride, dv_);
+    T total{0};
+    for (int l = 0; l < kLanes<T>; ++l) total += products[l];
+    return of.grad_lse ? total - of.grad_lse[i] : total;
+  }
+
+  /// P and dS of the row at hand with the listed ones: `rows` are on the side of keys or queries,
+  /// `others` on that of values or output gradients.
+  void logit_gradients(const Scratch& scratch, Head<const S> rows, Head<const S> others,
+                       const int32_t* list, int count) const {
+    dots<S>(scratch.row, rows, list, count, d_, scratch.p);
+    dots<S>(scratch.other, others, list, count, dv_, scratch.ds);
+    for (int i = 0; i < count; i += kLanes<T>) {
+      // Rounding may leave S above lse; P is at most 1 all the same.
+      const Vec<T> x = load(scratch.p + i) - load(scratch.lse + i);
+      const Vec<T> p = exp<T>(x > T{0} ? Vec<T>{} : x);
+      store(scratch.p + i, p);
+      store(scratch.ds + i,
+            p * ((load(scratch.ds + i) - load(scratch.delta + i)) * static_cast<T>(p_.scale)));
+    }
+  }
+
+  static void add(T* to, const T* row, int size) {
+    for (int c = 0; c < size; ++c) to[c] += row[c];
+  }
+
+  const AttentionParams& p_;
+  const int d_, dv_;
+  T* delta_;
+};
+
+}  // namespace

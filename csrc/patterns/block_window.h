@@ -1,0 +1,73 @@
+// Blocks of tokens see blocks around them: LocalBlocks (itself alone), BigBird's window (section 2
+// of Zaheer et al. 2020).
+#pragma once
+
+#include <algorithm>
+
+#include "patterns/pattern.h"
+
+namespace sparse_attn {
+
+/// The mathematical floor of a / b for b > 0.
+inline std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b < 0); }
+
+/// The blocks [first, last] that the tokens of a set lie in. A token at a negative position lies in
+/// none.
+struct BlockRange {
+  BlockRange(const TokenSet& set, std::int64_t block)
+      : first(std::max<std::int64_t>(set.first(), 0) / block),
+        last(floor_div(set.last(), block)),
+        none(set.last() < 0),
+        whole(set.first() >= 0) {}
+
+  std::int64_t first, last;
+  bool none;   // no token is in a block
+  bool whole;  // every token is in one
+};
+
+/// Appends where the tokens lie relative to the blocks.
+inline void describe_blocks(const TokenSet& positions, const TokenSet& keys, std::int64_t block,
+                            Signature& out) {
+  const std::int64_t origin = floor_div(positions.first(), block) * block;
+  out.push_back(std::min<std::int64_t>(positions.first(), 0));
+  describe(positions, origin, out);
+  describe(keys, origin, out);
+}
+
+/// -back <= ⌊key / block⌋ - ⌊position / block⌋ <= ahead.
+class BlockWindow final : public PrimitiveBase<BlockWindow> {
+ public:
+  BlockWindow(std::int64_t block, std::int64_t back, std::int64_t ahead)
+      : block_(block), back_(back), ahead_(ahead) {}
+
+  bool contains(std::int64_t position, std::int64_t key) const override {
+    const std::int64_t distance = key / block_ - position / block_;
+    return position >= 0 && -back_ <= distance && distance <= ahead_;
+  }
+  Cover cover(const TokenSet& positions, const TokenSet& keys) const override {
+    const BlockRange rows(positions, block_), columns(keys, block_);
+    const std::int64_t nearest = columns.first - rows.last, furthest = columns.last - rows.first;
+    if (rows.none || furthest < -back_ || nearest > ahead_) return Cover::kNone;
+    return rows.whole && -back_ <= nearest && furthest <= ahead_ ? Cover::kAll : Cover::kSome;
+  }
+  bool signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const override {
+    describe_blocks(positions, keys, block_, out);
+    return true;
+  }
+  PrimitivePtr intersect(const Primitive& other) const override {
+    const auto* window = dynamic_cast<const BlockWindow*>(&other);
+    if (!window || window->block_ != block_) return nullptr;
+    return std::make_shared<BlockWindow>(block_, std::min(back_, window->back_),
+                                         std::min(ahead_, window->ahead_));
+  }
+  bool includes(const Primitive& other) const override {
+    const auto* window = dynamic_cast<const BlockWindow*>(&other);
+    return window && window->block_ == block_ && back_ >= window->back_ && ahead_ >= window->ahead_;
+  }
+  std::int64_t block() const override { return block_; }
+
+ private:
+  std::int64_t block_, back_, ahead_;
+};
+
+}  // namespace sparse_attn

@@ -1,0 +1,58 @@
+// A layer of a pattern: what one part of it allows and the parts before it do not.
+#pragma once
+
+#include <algorithm>
+
+#include "patterns/union.h"
+
+namespace sparse_attn {
+
+/// A term without the pairs of earlier ones.
+struct Layer {
+  const Term& term;
+  const Term* earlier;
+  std::size_t earlier_count;
+
+  Cover cover(const TokenSet& positions, const TokenSet& keys) const {
+    Cover c = sparse_attn::cover(term, positions, keys);
+    for (std::size_t i = 0; i < earlier_count && c != Cover::kNone; ++i) {
+      const Cover other = complement(sparse_attn::cover(earlier[i], positions, keys));
+      if (other != Cover::kAll) c = other;
+    }
+    return c;
+  }
+
+  /// Begins with the layer itself (listed rows have one of their own), whose parameters the words
+  /// leave out.
+  bool signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const {
+    out.push_back(positions.list ? -1 : static_cast<std::int64_t>(earlier_count));
+    out.push_back(positions.count);
+    out.push_back(keys.count);
+    bool repeats = sparse_attn::signature(term, positions, keys, out);
+    for (std::size_t i = 0; i < earlier_count; ++i) {
+      const bool decides = sparse_attn::cover(earlier[i], positions, keys) == Cover::kSome;
+      out.push_back(decides);
+      if (decides) repeats = sparse_attn::signature(earlier[i], positions, keys, out) && repeats;
+    }
+    return repeats;
+  }
+
+  void tile(const TokenSet& positions, const TokenSet& keys, std::uint64_t* mask) const {
+    sparse_attn::tile(term, positions, keys, mask);
+    for (std::size_t i = 0; i < earlier_count; ++i) {
+      if (sparse_attn::cover(earlier[i], positions, keys) == Cover::kNone) continue;
+      std::uint64_t other[64];
+      sparse_attn::tile(earlier[i], positions, keys, other);
+      for (std::int64_t k = 0; k < keys.count; ++k) mask[k] &= ~other[k];
+    }
+  }
+
+  bool contains(std::int64_t position, std::int64_t key) const {
+    return sparse_attn::contains(term, position, key) &&
+           std::none_of(earlier, earlier + earlier_count, [&](const Term& other) {
+             return sparse_attn::contains(other, position, key);
+           });
+  }
+};
+
+}  // namespace sparse_attn
