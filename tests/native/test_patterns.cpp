@@ -163,8 +163,8 @@ PrimitivePtr random_primitive(Random& random, int kind) {
     case 5:
       return std::make_shared<Checkerboard>(block);
     case 6:
-      return std::make_shared<RandomBlocks>(random.between(1, 200), block, random.word(), -30,
-                                            2000);
+      return std::make_shared<RandomBlocks>(random.between(1, 40), block + 3, random.word(), -30,
+                                            1100);
     case 7:
       return std::make_shared<RandomTokens>(std::int64_t{1} << random.between(28, 32),
                                             random.word());
