@@ -315,6 +315,7 @@ class Builder {
       listed ? list(plan_.masks[index(mask)], keys) : emit(key_tile, 1, mask);
       return;
     }
+    ++plan_.unique;
     const Mask mask = mask_of(layer, keys);
     if (is_sparse(mask, keys)) {
       list(mask, keys);

@@ -53,17 +53,22 @@ int side_for(std::int64_t block) {
   return block % parts == 0 ? static_cast<int>(block / parts) : 0;
 }
 
-/// Sides of square tiles that might be the best, the larger half first.
+/// Sides of square tiles that might be the best, the likely ones first.
 std::vector<int> sides(const Terms& terms) {
-  std::vector<int> all = {kMaxTile, 32, 16};
+  std::vector<int> all;
+  const auto add = [&](int side) {
+    if (side > 0 && std::find(all.begin(), all.end(), side) == all.end()) all.push_back(side);
+  };
   for (const Term& term : terms) {
-    for (const PrimitivePtr& p : term) {
-      const int side = side_for(p->block());
-      if (side == 0 || std::find(all.begin(), all.end(), side) != all.end()) continue;
-      all.insert(side > 32 ? all.begin() : all.end(), side);
-    }
+    for (const PrimitivePtr& p : term) add(side_for(p->block()));
   }
+  for (const int side : {kMaxTile, 32, 16}) add(side);
   return all;
+}
+
+/// Most of its work went into tiles that no other resembles: not to be done again.
+bool is_laborious(const Plan& plan) {
+  return 4 * plan.unique > static_cast<std::int64_t>(plan.passes[0].row_tiles.size());
 }
 
 /// The plans tried so far, without those that are clearly slower than the fastest.
@@ -99,17 +104,14 @@ class Candidates {
 
 Plan choose_plan(const Terms& terms, Sizes sizes) {
   Candidates candidates;
-  bool listed = false;
   for (const int side : sides(terms)) {
-    if (side <= 32 && !listed) {
-      candidates.add(build_plan(terms, sizes, {}, Listing::kAll));
-      listed = true;
-    }
     Plan plan = build_plan(terms, sizes, {side, side});
     const bool good =
         static_cast<double>(plan.visited) <= kGoodOverhead * static_cast<double>(plan.pairs);
     if (good && side > 32) return plan;
-    if (candidates.add(std::move(plan)) > kHopeless) break;
+    const bool stop = is_laborious(plan);
+    if (candidates.add(std::move(plan)) > kHopeless || stop) break;
+    if (side == kMaxTile) candidates.add(build_plan(terms, sizes, {}, Listing::kAll));
   }
   return candidates.take_best();
 }

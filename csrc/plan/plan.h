@@ -40,6 +40,7 @@ struct Plan {
 
   std::int64_t pairs = 0;    // allowed (query, key) pairs, exactly
   std::int64_t visited = 0;  // pairs in the visited tiles, and those of the lists
+  std::int64_t unique = 0;   // tiles with a mask of their own: random pairs, data
 
   std::int64_t bytes() const;
   std::string to_string() const;
