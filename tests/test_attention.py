@@ -354,8 +354,11 @@ def test_large_logits(dtype):
 @pytest.mark.parametrize("factor", [1e1, 1e2, 1e3, 1e4])
 @pytest.mark.parametrize("expression", ["Full()", "Window(9) | Window(5, dilation=3)"])
 def test_peaked_rows(expression, factor):
-    """With logits up to 1e9 each row is one key's, and no more may be lost than torch loses."""
-    query, key, value = inputs(Shape(n_q=67, head_dim=16))
+    """With logits up to 1e9 each row is one key's, and no more may be lost than torch loses.
+
+    What is lost are near-ties, one row in a thousand, and how they round is luck: many rows.
+    """
+    query, key, value = inputs(Shape(n_q=67, head_dim=16, batch=16))
     check(expression, [factor * query, factor * key, value])
 
 

@@ -80,7 +80,10 @@ class Forward {
     slot_bytes_ = one_slot.used();
     slots_per_head_ = slots;
     slots_ = arena.take<char>(heads * slots * slot_bytes_);
-    merges_in_memory_ = !kSameType<S, T> && (pass_count(p_) > 1 || has_lists(p_));
+    const bool several_sweeps = pass_count(p_) > 1 || has_lists(p_);
+    if (several_sweeps) sums_ = arena.take<T>(heads * p_.n_q);
+    keeps_sums_ = several_sweeps;
+    merges_in_memory_ = !kSameType<S, T> && several_sweeps;
     if (merges_in_memory_) wide_output_ = arena.take<T>(heads * p_.n_q * dv_);
     Arena one_thread(nullptr);
     Scratch(one_thread, d_, dv_);
@@ -106,10 +109,13 @@ class Forward {
         merge_slots(scratch, head, pass);
       });
     }
+    if (!keeps_sums_) return;
     if (has_lists(p_)) run_lists(parallel);
-    if (merges_in_memory_) {
-      for_each_item(parallel, heads, [&](int, int64_t head) { narrow(head); });
-    }
+    for_each_item(parallel, heads, [&](int, int64_t head) {
+      T *lse = lse_of(head), *sums = sums_of(head);
+      for (int64_t i = 0; i < p_.n_q; ++i) lse[i] = log_sum_exp(lse[i], sums[i]);
+      if (merges_in_memory_) narrow(head);
+    });
   }
 
  private:
@@ -140,7 +146,8 @@ class Forward {
       Arena arena(scratch_ + thread * scratch_bytes_);
       const Scratch scratch(arena, d_, dv_);
       const int64_t head = item / shares;
-      listed_.run(scratch.listed, head, wide_output(head), {p_.n_q, item % shares, shares});
+      const RowSweep<T> rows{wide_output(head), lse_of(head), sums_of(head)};
+      listed_.run(scratch.listed, head, rows, {p_.n_q, item % shares, shares});
     });
   }
 
@@ -152,6 +159,9 @@ class Forward {
     return {nullptr, 0};
   }
 
+  /// While several sweeps take turns, the tensor of log-sum-exps holds the maxima of their softmax
+  /// states and this the sums: a log-sum-exp of large logits would round the states.
+  T* sums_of(int64_t head) const { return sums_ + head * p_.n_q; }
   T* lse_of(int64_t head) const { return static_cast<T*>(p_.lse) + head * p_.n_q; }
 
   RowState<T> slot(int64_t head, int64_t index) const {
@@ -213,17 +223,19 @@ class Forward {
          scratch.logits, kMaxTile, Accumulate<T>{state.output, scratch.rescale});
   }
 
-  /// The state that earlier passes left in the output and its log-sum-exp.
+  /// The state that earlier passes left.
   void resume(Scratch& scratch, const RowState<T>& state, int64_t head, const PlanView& plan,
               const sparse_attn::Tile& rows) {
     const Head<T> output = wide_output(head);
-    const T* lse = lse_of(head);
+    const T *maxima = lse_of(head), *sums = sums_of(head);
     const int padded = round_up(dv_, kLanes<T>);
     for (int i = 0; i < rows.count; ++i) {
       const int64_t row = sparse_attn::token(rows, plan.token_list, i);
-      pack_row<T>(scratch.output_rows + i * padded, output.data + row * output.stride, dv_, padded);
-      state.softmax->maximum[i] = lse[row];
-      state.softmax->sum[i] = lse[row] == -kInfinity<T> ? T{0} : T{1};
+      T* values = scratch.output_rows + i * padded;
+      pack_row<T>(values, output.data + row * output.stride, dv_, padded);
+      scale_row(values, sums[row], padded);
+      state.softmax->maximum[i] = maxima[row];
+      state.softmax->sum[i] = sums[row];
     }
     transpose_rows<T>(state.output, kMaxTile, {scratch.output_rows, padded}, rows.count, padded,
                       T{1});
@@ -241,11 +253,11 @@ class Forward {
     for (int i = 0; i < tile.rows.count; ++i) {
       if (!(tile.owned >> i & 1)) continue;
       const int64_t row = sparse_attn::token(tile.rows, plan.token_list, i);
-      const T sum = state.softmax->sum[i];
-      lse[row] = log_sum_exp(state.softmax->maximum[i], sum);
+      const T sum = state.softmax->sum[i], maximum = state.softmax->maximum[i];
+      lse[row] = keeps_sums_ ? maximum : log_sum_exp(maximum, sum);
+      if (keeps_sums_) sums_of(head)[row] = sum;
       T* values = scratch.output_rows + i * padded;
-      const T factor = sum == T{0} ? T{0} : T{1} / sum;
-      for (int c = 0; c < padded; c += kLanes<T>) store(values + c, load(values + c) * factor);
+      scale_row(values, sum == T{0} ? T{0} : T{1} / sum, padded);
       if (merges_in_memory_) {
         unpack_row<T>(wide.data + row * wide.stride, values, dv_);
       } else {
@@ -295,7 +307,8 @@ class Forward {
   const AttentionParams& p_;
   const ListedForward<S> listed_;
   const int d_, dv_;
-  bool merges_in_memory_ = false;
+  bool keeps_sums_ = false, merges_in_memory_ = false;
+  T* sums_ = nullptr;
   T* wide_output_ = nullptr;
   char* slots_ = nullptr;
   int64_t slots_per_head_ = 0, slot_bytes_ = 0;

@@ -124,7 +124,7 @@ class ListedBackward {
   static void load_row(T* to, Head<const S> rows, int64_t i, int size, T factor) {
     const int padded = round_up(size, kLanes<T>);
     pack_row<S>(to, rows.data + i * rows.stride, size, padded);
-    for (int c = 0; c < padded; c += kLanes<T>) store(to + c, load(to + c) * factor);
+    scale_row(to, factor, padded);
   }
 
   /// rowsum(dO ∘ O) less the gradient of the log-sum-exp.

@@ -33,10 +33,13 @@ __attribute__((noinline)) void dots(const Real<S>* row, Head<const S> rows, cons
       sums[l] = partial_dot(row, rows.data + from * rows.stride, size);
     }
     transpose_block<T>(sums);
-    Vec<T> total = sums[0];
-#pragma GCC unroll 16
-    for (int l = 1; l < kLanes<T>; ++l) total += sums[l];
-    store(out + i, total);
+    // In pairs: of few roundings, as large logits need.
+#pragma GCC unroll 4
+    for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+    }
+    store(out + i, sums[0]);
   }
 }
 

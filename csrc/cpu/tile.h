@@ -64,6 +64,12 @@ SPARSE_ATTN_INLINE void unpack_row(S* to, const Real<S>* from, int size) {
   if (i < size) store_real_part(to + i, load(from + i), size - i);
 }
 
+/// Multiplies a row of whole vectors.
+template <class T>
+SPARSE_ATTN_INLINE void scale_row(T* row, T factor, int padded) {
+  for (int c = 0; c < padded; c += kLanes<T>) store(row + c, load(row + c) * factor);
+}
+
 /// Whether the products read a tile where it lies. Rows that are far apart are packed first: at a
 /// stride of 2 KiB a tile falls into a few sets of the level-1 cache, which made the forward
 /// pass 1.35 x slower.

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cmath>
+#include <sstream>
 #include <string>
 
 namespace sparse_attn {
@@ -108,30 +109,37 @@ void check_sizes_of(const Expression& pattern, const AttentionArguments& a) {
                     "sparse_attn: ", token_error(token, n_k.guard_int(__FILE__, __LINE__)));
 }
 
-/// `tensor` is (batch, heads, ...expected), either of the first two missing or 1 for all.
+/// `tensor` is (batch, heads, expected...), where batch and heads may be 1 or left out.
 void check_per_head(const char* name, const at::Tensor& tensor, const SymSizes& expected,
-                    const char* why, const PatternSizes& sizes) {
+                    const PatternSizes& sizes) {
   const auto given = tensor.sym_sizes();
   const std::size_t rank = given.size(), inner = expected.size();
   bool fits = rank >= inner && rank <= inner + 2;
   for (std::size_t i = 0; fits && i < inner; ++i) fits = given[rank - inner + i] == expected[i];
-  const auto one_or = [&](std::size_t from_inner, const c10::SymInt* size) {
-    const bool absent = rank < inner + from_inner;
-    return absent || !size || given[rank - inner - from_inner] == 1 ||
-           given[rank - inner - from_inner] == *size;
+  const auto is_one_or = [&](std::size_t from_end, const c10::SymInt* size) {
+    return rank < from_end || !size || given[rank - from_end] == 1 ||
+           given[rank - from_end] == *size;
   };
-  fits = fits && one_or(1, sizes.heads) && one_or(2, sizes.batch);
-  TORCH_CHECK_VALUE(fits, "sparse_attn: expected ", name, " of shape (batch or 1, heads or 1, ...",
-                    c10::SymIntArrayRef(expected), ")", why,
-                    "; batch, or batch and heads, may be left out; got ", given);
+  fits = fits && is_one_or(inner + 1, sizes.heads) && is_one_or(inner + 2, sizes.batch);
+  if (fits) return;
+  std::ostringstream shape;
+  for (const c10::SymInt* size : {sizes.batch, sizes.heads}) {
+    if (size) shape << *size << " or 1, ";
+    if (!size) shape << "any, ";
+  }
+  for (std::size_t i = 0; i < inner; ++i) shape << (i ? ", " : "") << expected[i];
+  TORCH_CHECK_VALUE(false, "sparse_attn: expected ", name, " of shape [", shape.str(),
+                    "] (batch, heads, then queries and keys; the first two may be left out), got ",
+                    given);
 }
 
-void check_layout(const at::Tensor& layout, const c10::SymInt& block, const PatternSizes& sizes) {
-  TORCH_CHECK_TYPE(layout.scalar_type() == at::kBool,
-                   "sparse_attn: expected layout of dtype bool, got ", layout.scalar_type());
-  check_per_head("layout", layout,
-                 {(sizes.n_q + block - 1) / block, (sizes.n_k + block - 1) / block},
-                 " (queries and keys in blocks)", sizes);
+/// Of blocks of one, it is a mask.
+void check_layout(const at::Tensor& layout, std::int64_t block, const PatternSizes& sizes) {
+  const char* name = block == 1 ? "mask" : "layout";
+  TORCH_CHECK_TYPE(layout.scalar_type() == at::kBool, "sparse_attn: expected ", name,
+                   " of dtype bool, got ", layout.scalar_type());
+  check_per_head(name, layout, {(sizes.n_q + block - 1) / block, (sizes.n_k + block - 1) / block},
+                 sizes);
 }
 
 void check_integers(const char* name, const at::Tensor& tensor) {
@@ -147,11 +155,10 @@ void check_key_lists(const at::Tensor& indices, const at::Tensor* counts,
                     "sparse_attn: expected indices of shape (batch or 1, heads or 1, queries, "
                     "keys of a query), got ",
                     indices.sym_sizes());
-  check_per_head("indices", indices, {sizes.n_q, indices.sym_size(-1)},
-                 " (queries, keys of a query)", sizes);
+  check_per_head("indices", indices, {sizes.n_q, indices.sym_size(-1)}, sizes);
   if (!counts) return;
   check_integers("counts", *counts);
-  check_per_head("counts", *counts, {sizes.n_q}, " (queries)", sizes);
+  check_per_head("counts", *counts, {sizes.n_q}, sizes);
 }
 
 }  // namespace

@@ -36,7 +36,8 @@ double time_of(const Plan& plan) {
       std::int64_t tiles = 0;
       for (std::uint32_t r = row.first_run; r < row.end_run; ++r) tiles += pass.runs[r].count;
       time += kRowTile + kRow * row.rows.count;
-      time += static_cast<double>(tiles) * tile_time(row.rows.count, plan.tile.keys);
+      time += static_cast<double>(tiles) *
+              tile_time(row.rows.count, std::min<std::int64_t>(plan.tile.keys, plan.sizes.n_k));
     }
   }
   for (std::size_t i = 1; i < plan.lists.starts.size(); ++i) {

@@ -35,8 +35,15 @@ def _heads(tensor: Tensor, inner: int) -> int:
     return tensor.shape[-inner - 1] if tensor.dim() > inner else 1
 
 
+class _Data(Pattern):
+    """What patterns that hold tensors share: they hash and compare by identity."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockLayout(Pattern):
+class BlockLayout(_Data):
     """Query i sees key j when layout[…, ⌊i / block⌋, ⌊j / block⌋] is true.
 
     The layout may be made at run time, from the data: the tiles to visit are listed at each call,
@@ -81,7 +88,7 @@ class BlockLayout(Pattern):
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
-class Mask(Pattern):
+class Mask(_Data):
     """Query i sees key j when mask[…, i, j] is true: for what no other pattern says.
 
     Only what is true is computed: tiles that are false are skipped, and pairs that are few in their
@@ -120,7 +127,7 @@ class Mask(Pattern):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class KeyLists(Pattern):
+class KeyLists(_Data):
     """Every query sees a list of keys of its own, found at run time: top-k, hashing, retrieval.
 
     Memory grows with the lists. A key that is listed twice counts once. Hashed and compared by
@@ -167,7 +174,7 @@ class KeyLists(Pattern):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _GeneratedLayout(Pattern):
+class _GeneratedLayout(_Data):
     """The layout that a configuration makes for each length, made once."""
 
     config: Any

@@ -10,7 +10,7 @@ from sparse_attn.patterns.base import Pattern
 from sparse_attn.patterns.blocks import LocalBlocks
 
 # The words of csrc/patterns/expression.h.
-_WINDOW, _PERIODIC_KEYS, _RADIAL = 1, 7, 12
+_WINDOW, _INTERSECTION, _PERIODIC_KEYS, _RADIAL = 1, 5, 7, 12
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,7 +180,7 @@ class Fixed(Pattern):
         >>> Fixed(3, 1).factors[0]
         LocalBlocks(3) & Causal()
         """
-        return LocalBlocks(self.stride) & Causal(), _Summaries(self.stride, self.summary) & Causal()
+        return LocalBlocks(self.stride) & Causal(), _Summaries(self.stride, self.summary)
 
     def _encode(self) -> tuple[int, ...]:
         segment, summaries = self.factors
@@ -189,13 +189,14 @@ class Fixed(Pattern):
 
 @dataclass(frozen=True, repr=False)
 class _Summaries(Pattern):
-    """Every query sees the last `summary` tokens of each segment: the columns of `Fixed`."""
+    """Query i sees key j ≤ i if it is one of the last `summary` tokens of its segment."""
 
     stride: int
     summary: int
 
     def _encode(self) -> tuple[int, ...]:
-        return (_PERIODIC_KEYS, word(self.stride), word(self.summary))
+        summaries = (_PERIODIC_KEYS, word(self.stride), word(self.summary))
+        return (_INTERSECTION, 2, *summaries, *Causal().encode())
 
     def _expression(self) -> str:
         return f"Fixed({self.stride}, {self.summary}).factors[1]"
