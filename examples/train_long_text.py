@@ -3,19 +3,23 @@
 The model is Longformer's for text: every layer reads a causal window of the bytes before, with
 dilations that grow with depth, and byte 0 of the window. It is trained on sequences of 4096
 bytes of the Python reference that CPython ships (or on --text FILE), then measured on the last
-tenth of the text, beside a model of two bytes of context.
+tenth of the text, beside a model of two bytes of context. --compare trains it with each kind of
+attention in turn: does sparsity keep the quality?
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
+from long_text import compare
 from long_text.baseline import two_byte_bits
 from long_text.data import DataError, load_corpus
-from long_text.measure import compare, measure, peak_memory
-from long_text.model import Config, build_model
+from long_text.measure import peak_memory
+from long_text.model import ATTENTIONS, Config, build_model
 from long_text.plots import save_figure
 from long_text.sample import generate
 from long_text.training import Settings, Trainer, held_out_bits, load_checkpoint, set_threads
@@ -71,14 +75,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--length", type=whole, default=settings.length, help="bytes of a sequence")
     add("--batch", type=whole, default=settings.batch, help="sequences of a step")
     add = parser.add_argument_group("model").add_argument
-    add("--attention", choices=["sparse", "full"], default=config.attention,
-        help="sparse: sparse_attn.attention; full: scaled_dot_product_attention")  # fmt: skip
+    add("--attention", choices=ATTENTIONS, default=config.attention,
+        help="the pattern of all layers; full: scaled_dot_product_attention")  # fmt: skip
     add("--layers", type=whole, default=config.layers, help="blocks")
     add("--width", type=whole, default=config.width, help="channels of the stream")
     add("--heads", type=whole, default=config.heads, help="attention heads")
-    add("--window", type=whole, default=config.window, help="keys to the left of each query")
+    add("--window", type=whole, default=config.window, help="keys to the left, or the stride")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=whole, default=settings.steps, help="updates")
+    add("--steps", type=whole,
+        help=f"updates (default: {settings.steps}, with --compare {compare.STEPS})")  # fmt: skip
     add("--minutes", type=positive(float),
         help="as many updates as fit into about so many minutes, instead of --steps")  # fmt: skip
     add("--learning-rate", type=positive(float), default=settings.learning_rate, help="at its top")
@@ -91,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sample-bytes", type=count, default=300, help="length of the sample")
     add("--check", action="store_true", help="exit with 1 if the model does not beat the baseline")
     add("--compare", action="store_true",
-        help="only print time per step and peak memory, sparse beside full")  # fmt: skip
+        help="train with each attention instead, and compare quality, time and memory")  # fmt: skip
     add("--measure", action="store_true", help=argparse.SUPPRESS)  # one row of --compare
     return parser
 
@@ -139,7 +144,7 @@ def describe(trainer: Trainer) -> None:
         f"{size / 1e6:.1f} M parameters, {config.layers} layers of {config.heads} heads, "
         f"sequences of {settings.length} bytes"
     )
-    for layer in range(config.layers if config.attention == "sparse" else 0):
+    for layer in range(config.layers):
         print(f"  layer {layer + 1}: {config.pattern(layer)}")
     sys.stdout.flush()
 
@@ -187,6 +192,9 @@ def report(trainer: Trainer, args: argparse.Namespace) -> bool:
 
 def run(trainer: Trainer, args: argparse.Namespace) -> int:
     """Train and report; returns the exit status."""
+    if args.measure:
+        print(json.dumps(compare.measure(trainer)))
+        return 0
     describe(trainer)
     if not trainer.train(args.out / "checkpoint.pt"):
         text = f" --text {args.text}" if args.text else ""
@@ -198,26 +206,32 @@ def run(trainer: Trainer, args: argparse.Namespace) -> int:
     return 1 if args.check else 0
 
 
+def comparison(args: argparse.Namespace) -> Callable[[], int]:
+    """What trains with each attention and returns the exit status."""
+    corpus = load_corpus(args.text, args.length)
+    baseline = two_byte_bits(corpus.train, corpus.held_out)
+    own = [word for word in sys.argv[1:] if word not in ("--compare", "--resume")]
+    own += ["--steps", str(args.steps)]
+    return partial(compare.compare, Path(__file__), own, args.out, baseline)
+
+
 def main() -> int:
     """The command line."""
     parser = make_parser()
     args = parser.parse_args()
-    if args.compare:
-        own = [word for word in sys.argv[1:] if word not in ("--compare", "--resume")]
-        return compare(Path(__file__), own, args.batch * args.length)
+    if args.compare and args.minutes:
+        parser.error("--compare trains all for as many steps: give --steps instead of --minutes")
+    args.steps = args.steps or (compare.STEPS if args.compare else Settings().steps)
     if args.threads:
         set_threads(args.threads)
     try:
         if not args.measure:
             args.out.mkdir(parents=True, exist_ok=True)
-        trainer = prepare(args)
+        job = comparison(args) if args.compare else partial(run, prepare(args), args)
     except (DataError, ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     try:
-        if args.measure:
-            print(json.dumps(measure(trainer)))
-            return 0
-        return run(trainer, args)
+        return job()
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130

@@ -1,7 +1,8 @@
 """Every pattern, shape and dtype by name, for the tests and the benchmarks.
 
 To add a pattern: one line in PATTERNS (in DENSE too if its pairs grow with the square of the
-length), and its definition in `reference.py`.
+length, in OCTAVES if with n log n), and its definition in `reference.py`. Patterns that hold
+tensors stand in SIZED.
 """
 
 from __future__ import annotations
@@ -47,9 +48,51 @@ PATTERNS = {
     "per_head": "PerHead([Window(8), Window(4, dilation=2), Window(3, 0) | Global([0]), Causal()])",
     "per_head_groups": "PerHead([Window(8), Window(8, dilation=4)])",
     "per_head_sparse": "PerHead([Window(8) | Global([0]), Window(9, 0, dilation=3)])",
+    "strided": "Strided(16)",
+    "strided_1": "Strided(1)",
+    "strided_7": "Strided(7)",
+    "strided_64": "Strided(64)",
+    "strided_128": "Strided(128) & Window(1000, 0)",
+    "strided_window": "Window(20, 3) & Strided(7)",
+    "strided_heads": "PerHead([Window(15, 0), Window(math.inf, 0, dilation=16)])",
+    "fixed": "Fixed(16, 2)",
+    "fixed_all": "Fixed(5, 5)",
+    "fixed_no_summary": "Fixed(100, 0)",
+    "fixed_64": "Fixed(64, 1)",
+    "fixed_128": "Fixed(128, 40) | Global([0])",
+    "local_blocks": "LocalBlocks(16)",
+    "local_blocks_1": "LocalBlocks(1)",
+    "local_blocks_100": "LocalBlocks(100) & Causal()",
+    "local_blocks_dilated": "LocalBlocks(48) | Window(3, dilation=20)",
+    "random_blocks": "RandomBlocks(2, 16)",
+    "random_blocks_5": "RandomBlocks(3, 5, seed=7)",
+    "random_blocks_64": "RandomBlocks(1, 64, seed=2**63 - 1)",
+    "random_blocks_causal": "(RandomBlocks(2, 48, seed=1) | LocalBlocks(48)) & Causal()",
+    "random_tokens": "RandomTokens(0.1)",
+    "random_tokens_window": "RandomTokens(0.03, seed=5) | Window(4)",
+    "random_tokens_near": "RandomTokens(0.5, seed=2**40 + 3) & Window(24)",
+    "bigbird": "BigBird(16)",
+    "bigbird_5": "BigBird(5, random_blocks=1, window_blocks=5, global_blocks=2, seed=3)",
+    "bigbird_causal": "BigBird(16, random_blocks=2, seed=1) & Causal()",
+    "bigbird_bare": "BigBird(48, random_blocks=0, window_blocks=1, global_blocks=0)",
+    "bigbird_100": "BigBird(100, seed=9) & (Causal() | GlobalQueries([-1]))",
+    "checkerboard": "Checkerboard()",
+    "checkerboard_16": "Checkerboard(16) & Window(40, 0)",
+    "checkerboard_100": "Checkerboard(100)",
+    "radial": "Radial(5)",
+    "radial_0": "Radial(0)",
+    "radial_1": "Radial(1) & Causal()",
+    "radial_64": "Radial(64)",
+    "first_last": "FirstLast(3, 2) | Window(4)",
+    "first": "FirstLast(70, 0) & Causal()",
+    "last": "FirstLast(0, 1)",
+    "blocks_meet": "(RandomBlocks(4, 16) | Window(9)) & (BigBird(7) | Checkerboard(48))",
+    "seeds_per_head": "PerHead([BigBird(16, seed=s) for s in range(4)])",
+    "strides_per_head": "PerHead([Strided(7), Fixed(7, 2), Strided(64), Fixed(48, 1)])",
+    "random_per_head": "PerHead([RandomTokens(0.2, seed=1), RandomBlocks(2, 5, seed=2)])",
 }
 
-# Quadratic by definition: an infinite side or all pairs.
+# Quadratic by definition: an infinite side, all pairs, or a fixed share of them.
 DENSE = {
     "window_infinite_left",
     "window_infinite_right",
@@ -57,6 +100,48 @@ DENSE = {
     "full",
     "causal",
     "per_head",
+    "strided",
+    "strided_1",
+    "strided_7",
+    "strided_64",
+    "strided_heads",
+    "fixed",
+    "fixed_all",
+    "fixed_64",
+    "fixed_128",
+    "random_tokens",
+    "random_tokens_window",
+    "checkerboard",
+    "checkerboard_100",
+    "strides_per_head",
+    "random_per_head",
+}
+
+# With n log n: as many keys in every octave of distances.
+OCTAVES = {"radial", "radial_1", "radial_64"}
+
+# Patterns that hold tensors, whose sizes are those of the call: `n_q`, `n_k`, `heads`, `batch`.
+SIZED = {
+    "mask": "Mask(bits(n_q, n_k))",
+    "mask_sparse": "Mask(bits(n_q, n_k, share=0.02))",
+    "mask_heads": "Mask(bits(heads, n_q, n_k))",
+    "mask_causal": "Mask(bits(heads, n_q, n_k)) & Causal()",
+    "mask_examples": "Mask(bits(batch, heads, n_q, n_k)) | Window(2)",
+    "layout": "BlockLayout(bits(blocks(n_q, 16), blocks(n_k, 16)), 16)",
+    "layout_5": "BlockLayout(bits(blocks(n_q, 5), blocks(n_k, 5), share=0.2), 5) | Global([0])",
+    "layout_heads": "BlockLayout(bits(heads, blocks(n_q, 64), blocks(n_k, 64)), 64) & Causal()",
+    "layout_examples": "BlockLayout(bits(batch, 1, blocks(n_q, 48), blocks(n_k, 48)), 48)",
+    "layout_all": "BlockLayout(bits(batch, heads, blocks(n_q, 7), blocks(n_k, 7)), 7)",
+    "layout_100": "BlockLayout(bits(blocks(n_q, 100), blocks(n_k, 100)), 100) | RandomTokens(0.1)",
+    "lists": "KeyLists(numbers(n_q, 5, below=n_k))",
+    "lists_counted": (
+        "KeyLists(numbers(heads, n_q, 9, below=n_k), numbers(heads, n_q, below=10)) | Window(1)"
+    ),
+    "lists_causal": "KeyLists(numbers(batch, 1, n_q, 20, below=n_k)) & Causal()",
+    "layouts": (
+        "BlockLayout(bits(heads, blocks(n_q, 16), blocks(n_k, 16)), 16)"
+        " & (Mask(bits(batch, 1, n_q, n_k)) | BigBird(16, seed=2))"
+    ),
 }
 
 
@@ -91,17 +176,48 @@ HEAD_DIMS = (1, 7, 32, 40, 64, 80, 96, 128, 200, 256, 300)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-NAMESPACE = {"math": math, "inf": math.inf, **vars(sparse_attn)}
+def bits(*size: int, share: float = 0.5) -> Tensor:
+    """A bool tensor with about this share of true elements, the same one for the same size."""
+    return torch.rand(size, generator=torch.Generator().manual_seed(0)) < share
 
 
-def library(expression: str) -> sparse_attn.Pattern:
-    """The pattern that an expression means to the library."""
-    return eval(expression, NAMESPACE)
+def blocks(length: int, block: int) -> int:
+    """How many blocks hold a length; the last one may be partial."""
+    return -(-length // block)
 
 
-def definition(expression: str) -> reference.Rule | reference.HeadRules:
+def numbers(*size: int, below: int) -> Tensor:
+    """An int64 tensor of numbers from 0 on, the same one for the same size."""
+    return torch.randint(below, size, generator=torch.Generator().manual_seed(1))
+
+
+TENSORS = {"bits": bits, "blocks": blocks, "numbers": numbers}
+NAMESPACE = {"math": math, "inf": math.inf, **TENSORS, **vars(sparse_attn)}
+DEFINITIONS = {**TENSORS, **vars(reference)}
+
+
+def sizes(shape: Shape | None) -> dict[str, int]:
+    """The names by which an expression of SIZED asks for the sizes of the call."""
+    if shape is None:
+        return {}
+    n_k = shape.n_q if shape.n_k is None else shape.n_k
+    return {"n_q": shape.n_q, "n_k": n_k, "heads": shape.heads, "batch": shape.batch}
+
+
+def library(expression: str, shape: Shape | None = None) -> sparse_attn.Pattern:
+    """The pattern that an expression means to the library; those of SIZED want a shape."""
+    return eval(expression, NAMESPACE | sizes(shape))
+
+
+def definition(expression: str, shape: Shape | None = None) -> reference.Rule | reference.HeadRules:
     """The same expression, read by the reference."""
-    return eval(expression, {**vars(reference)})
+    return eval(expression, DEFINITIONS | sizes(shape))
+
+
+def mask(expression: str, n_q: int = 67, n_k: int | None = None, heads: int = 4) -> Tensor:
+    """The mask that an expression means to the reference, (heads, n_q, n_k)."""
+    shape = Shape(n_q, n_k, heads=heads)
+    return torch.from_numpy(definition(expression, shape).mask(n_q, n_k, heads).copy())
 
 
 def pattern(name: str) -> sparse_attn.Pattern:
@@ -147,7 +263,9 @@ def check(
 ) -> dict[str, Tensor]:
     """Hold one call of `sparse_attn.attention`, forward and backward, to the error budget."""
     query, key, _ = tensors
-    meaning = library(expression)
+    batch, heads, n_q, _ = query.shape
+    shape = Shape(n_q, key.shape[2], batch=batch, heads=heads)
+    meaning = library(expression, shape)
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return sparse_attn.attention(
@@ -163,6 +281,6 @@ def check(
         )
 
     allowed = reference.allowed_pairs(
-        definition(expression), query, key, key_padding_mask, global_mask
+        definition(expression, shape), query, key, key_padding_mask, global_mask
     )
     return reference.check(ours, tensors, allowed, scale, lse_gradient)

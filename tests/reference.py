@@ -13,35 +13,52 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from philox import distinct, philox, seed_key
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Who sees whom: `allows(i, j, n_k)` for positions i and keys j of one head."""
+class Grid:
+    """Everything a rule may ask about one call; the arrays broadcast to (n_q, n_k)."""
 
-    allows: Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+    n_q: int
+    n_k: int
+
+    @property
+    def row(self) -> np.ndarray:
+        """The queries as they are stored, (n_q, 1)."""
+        return np.arange(self.n_q)[:, None]
+
+    @property
+    def i(self) -> np.ndarray:
+        """The position of each query, (n_q, 1): the ends are aligned."""
+        return self.row + (self.n_k - self.n_q)
+
+    @property
+    def j(self) -> np.ndarray:
+        """The keys, (1, n_k)."""
+        return np.arange(self.n_k)[None, :]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Who sees whom: `allows(grid)` broadcasts to (n_q, n_k), (H, ...) or (B, H, ...)."""
+
+    allows: Callable[[Grid], np.ndarray]
     causal: bool = False
 
     def __or__(self, other: Rule) -> Rule:
-        return Rule(
-            lambda i, j, n: self.allows(i, j, n) | other.allows(i, j, n),
-            self.causal and other.causal,
-        )
+        return Rule(lambda at: self.allows(at) | other.allows(at), self.causal and other.causal)
 
     def __and__(self, other: Rule) -> Rule:
-        return Rule(
-            lambda i, j, n: self.allows(i, j, n) & other.allows(i, j, n),
-            self.causal or other.causal,
-        )
+        return Rule(lambda at: self.allows(at) & other.allows(at), self.causal or other.causal)
 
     def mask(self, n_q: int, n_k: int | None = None, heads: int = 1) -> np.ndarray:
-        """The (heads, n_q, n_k) mask; query i stands at position i + n_k - n_q."""
+        """The (heads, n_q, n_k) mask, with a batch in front if the rule tells examples apart."""
         n_k = n_q if n_k is None else n_k
-        position = np.arange(n_q)[:, None] + (n_k - n_q)
-        allowed = self.allows(position, np.arange(n_k)[None, :], n_k)
-        return np.broadcast_to(allowed, (heads, n_q, n_k))
+        allowed = self.allows(Grid(n_q, n_k))
+        return np.broadcast_to(allowed, (*allowed.shape[:-3], heads, n_q, n_k))
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ class HeadRules:
     def mask(self, n_q: int, n_k: int | None = None, heads: int | None = None) -> np.ndarray:
         heads = len(self.rules) if heads is None else heads
         masks = [rule.mask(n_q, n_k, heads // len(self.rules)) for rule in self.rules]
-        return np.concatenate(masks)
+        return np.concatenate(np.broadcast_arrays(*masks), axis=-3)
 
 
 def _among(position: np.ndarray, tokens: Sequence[int], n_k: int) -> np.ndarray:
@@ -67,19 +84,19 @@ def _among(position: np.ndarray, tokens: Sequence[int], n_k: int) -> np.ndarray:
 def Window(left: float, right: float | None = None, dilation: int = 1) -> Rule:
     right = left if right is None else right
 
-    def allows(i: np.ndarray, j: np.ndarray, n_k: int) -> np.ndarray:
-        step, rest = (j - i) // dilation, (j - i) % dilation
+    def allows(at: Grid) -> np.ndarray:
+        step, rest = (at.j - at.i) // dilation, (at.j - at.i) % dilation
         return (rest == 0) & (-left <= step) & (step <= right)
 
     return Rule(allows, causal=right == 0)
 
 
 def GlobalKeys(tokens: Sequence[int]) -> Rule:
-    return Rule(lambda i, j, n: _among(j, tokens, n) & np.full_like(i, True, dtype=bool))
+    return Rule(lambda at: _among(at.j, tokens, at.n_k))
 
 
 def GlobalQueries(tokens: Sequence[int]) -> Rule:
-    return Rule(lambda i, j, n: _among(i, tokens, n) & np.full_like(j, True, dtype=bool))
+    return Rule(lambda at: _among(at.i, tokens, at.n_k))
 
 
 def Global(tokens: Sequence[int]) -> Rule:
@@ -87,11 +104,112 @@ def Global(tokens: Sequence[int]) -> Rule:
 
 
 def Full() -> Rule:
-    return Rule(lambda i, j, n: np.full(np.broadcast_shapes(i.shape, j.shape), True))
+    return Rule(lambda at: np.array(True))
 
 
 def Causal() -> Rule:
-    return Rule(lambda i, j, n: j <= i, causal=True)
+    return Rule(lambda at: at.j <= at.i, causal=True)
+
+
+def Strided(stride: int) -> Rule:
+    def allows(at: Grid) -> np.ndarray:
+        return (at.j > at.i - stride) | ((at.i - at.j) % stride == 0)
+
+    return Rule(allows) & Causal()
+
+
+def Fixed(stride: int, summary: int) -> Rule:
+    def allows(at: Grid) -> np.ndarray:
+        return (at.j // stride == at.i // stride) | (at.j % stride >= stride - summary)
+
+    return Rule(allows) & Causal()
+
+
+def _in_a_block(rule: Callable[[np.ndarray, np.ndarray, int], np.ndarray], block: int) -> Rule:
+    """`rule(query block, key block, blocks)`; a negative position belongs to no block."""
+
+    def allows(at: Grid) -> np.ndarray:
+        own = np.maximum(at.i, 0) // block
+        return (at.i >= 0) & rule(own, at.j // block, math.ceil(at.n_k / block))
+
+    return Rule(allows)
+
+
+def LocalBlocks(block: int) -> Rule:
+    return _in_a_block(lambda own, other, _: own == other, block)
+
+
+def Checkerboard(block: int = 1) -> Rule:
+    return _in_a_block(lambda own, other, _: (own + other) % 2 == 0, block)
+
+
+def RandomBlocks(blocks_per_row: int, block: int, seed: int = 0) -> Rule:
+    def drawn(own: np.ndarray, other: np.ndarray, blocks: int) -> np.ndarray:
+        table = np.zeros((blocks, blocks), bool)
+        for row in np.unique(own).tolist():
+            table[row, list(distinct(blocks_per_row, blocks, row, seed))] = True
+        return table[own, other]
+
+    return _in_a_block(drawn, block)
+
+
+def BigBird(
+    block: int,
+    random_blocks: int = 3,
+    window_blocks: int = 3,
+    global_blocks: int = 1,
+    seed: int = 0,
+) -> Rule:
+    def at_an_end(number: np.ndarray, blocks: int) -> np.ndarray:
+        return (number < global_blocks) | (number >= blocks - global_blocks)
+
+    window = _in_a_block(lambda own, other, _: abs(own - other) <= window_blocks // 2, block)
+    rows = _in_a_block(lambda own, other, blocks: at_an_end(own, blocks), block)
+    columns = Rule(lambda at: at_an_end(at.j // block, math.ceil(at.n_k / block)))
+    return window | RandomBlocks(random_blocks, block, seed) | rows | columns
+
+
+def RandomTokens(keep_prob: float, seed: int = 0) -> Rule:
+    threshold = max(round(keep_prob * 2**32), int(keep_prob > 0))
+
+    def allows(at: Grid) -> np.ndarray:
+        words = philox((at.j >> 2, at.i, 0, 1), seed_key(seed))
+        return np.choose(at.j & 3, words) < threshold
+
+    return Rule(allows)
+
+
+def Radial(radius: int) -> Rule:
+    def allows(at: Grid) -> np.ndarray:
+        distance = abs(at.i - at.j)
+        allowed, reach, step = distance <= radius, radius, 1
+        while 0 < reach < distance.max(initial=0):
+            step *= 2
+            allowed |= (reach < distance) & (distance <= 2 * reach) & (distance % step == 0)
+            reach *= 2
+        return allowed
+
+    return Rule(allows)
+
+
+def FirstLast(first: int, last: int) -> Rule:
+    return Rule(lambda at: (at.j < first) | (at.j >= at.n_k - last))
+
+
+def BlockLayout(layout: Tensor, block: int) -> Rule:
+    table = layout.numpy()
+    return Rule(lambda at: table[..., at.row // block, at.j // block])
+
+
+def Mask(mask: Tensor) -> Rule:
+    return BlockLayout(mask, 1)
+
+
+def KeyLists(indices: Tensor, counts: Tensor | None = None) -> Rule:
+    lists = indices.numpy()[..., None]
+    places = np.arange(lists.shape[-2])[:, None]
+    held = places < (lists.shape[-2] if counts is None else counts.numpy()[..., None, None])
+    return Rule(lambda at: ((lists == at.j) & held).any(-2))
 
 
 def PerHead(rules: Sequence[Rule]) -> HeadRules:
@@ -107,7 +225,9 @@ def allowed_pairs(
 ) -> Tensor:
     """The (B or 1, Hq, Nq, Nk) mask of one call: pattern, global tokens, then padding."""
     heads, n_q, n_k = query.shape[1], query.shape[2], key.shape[2]
-    allowed = torch.from_numpy(rule.mask(n_q, n_k, heads).copy())[None]
+    allowed = torch.from_numpy(rule.mask(n_q, n_k, heads).copy())
+    if allowed.ndim == 3:
+        allowed = allowed[None]
     if global_mask is not None:
         position = torch.arange(n_q) + n_k - n_q
         rows = global_mask[:, position.clamp(min=0)] & (position >= 0)

@@ -9,10 +9,13 @@ import reference
 import torch
 from cases import DTYPES, HEAD_DIMS, PATTERNS, SHAPES, Shape, check, inputs
 
-from sparse_attn import Full, Global, Window, attention
+from sparse_attn import BigBird, Full, Global, RandomTokens, Strided, Window, attention
 
 # A few that take different ways through the engine.
-SOME = ["window", "dilated_5", "causal_global", "global", "two_dilations", "empty_rows", "per_head"]
+SOME = [
+    *("window", "dilated_5", "causal_global", "global", "two_dilations", "empty_rows", "per_head"),
+    *("strided_7", "bigbird_5", "random_tokens"),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -267,7 +270,11 @@ def test_without_return_lse_the_output_stands_alone():
     ("batch", "n_q", "n_k", "value_dim"),
     [(0, 9, 9, 8), (2, 0, 9, 8), (2, 9, 0, 8), (2, 0, 0, 8), (2, 9, 9, 0)],
 )
-@pytest.mark.parametrize("pattern", [Window(3), Window(3, dilation=2), Full()], ids=repr)
+@pytest.mark.parametrize(
+    "pattern",
+    [Window(3), Window(3, dilation=2), Full(), Strided(3), BigBird(4), RandomTokens(0.5)],
+    ids=repr,
+)
 def test_empty(pattern, batch, n_q, n_k, value_dim, dtype):
     shape = Shape(n_q=n_q, n_k=n_k, head_dim=8, value_dim=value_dim, batch=batch)
     leaves = [x.requires_grad_() for x in inputs(shape, dtype)]
@@ -296,7 +303,7 @@ def threads():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*SOME, "window_global", "full"])
+@pytest.mark.parametrize("name", [*SOME, "window_global", "full", "fixed", "radial"])
 @pytest.mark.parametrize(
     "shape",
     [Shape(n_q=257), pytest.param(Shape(n_q=1500, batch=1, kv_heads=1), marks=pytest.mark.sample)],

@@ -1,5 +1,6 @@
 """The long-text example: causal, resumable, and its baseline a proper code."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +10,21 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPT = EXAMPLES / "train_long_text.py"
 sys.path.insert(0, str(EXAMPLES))
 
+from long_text import compare  # noqa: E402
 from long_text.baseline import two_byte_bits  # noqa: E402
 from long_text.data import load_corpus  # noqa: E402
-from long_text.model import Config, build_model  # noqa: E402
+from long_text.model import ATTENTIONS, Config, build_model  # noqa: E402
 from long_text.training import Settings, Trainer, load_checkpoint  # noqa: E402
 
+from sparse_attn import Causal, Global, Window  # noqa: E402
 
-@pytest.mark.parametrize("attention", ["sparse", "full"])
+TOY = {"layers": 2, "width": 32, "heads": 2, "window": 16}
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("t", [0, 1, 150, 299])
 def test_no_logit_before_a_changed_byte_moves(t, attention):
     torch.manual_seed(0)
@@ -31,10 +38,29 @@ def test_no_logit_before_a_changed_byte_moves(t, attention):
     assert not torch.equal(before[:, t], after[:, t])
 
 
-def test_both_attentions_have_the_same_parameters():
-    models = [build_model(Config(attention=kind)) for kind in ("sparse", "full")]
+def test_all_attentions_have_the_same_parameters():
+    models = [build_model(Config(attention=kind)) for kind in ATTENTIONS]
     shapes = [{n: p.shape for n, p in model.named_parameters()} for model in models]
-    assert shapes[0] == shapes[1]
+    assert all(other == shapes[0] for other in shapes)
+
+
+def test_the_default_model_is_longformers():
+    patterns = [Config().pattern(layer) for layer in range(4)]
+    windows = [Window(128, 0, dilation=dilation) for dilation in (1, 1, 2, 4)]
+    assert patterns == [(window | Global([0])) & Causal() for window in windows]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_pattern_is_causal_at_a_like_cost(attention):
+    config = Config(attention=attention)
+    assert all(config.pattern(layer).causal for layer in range(config.layers))
+    keys = config.keys_per_query(4096)
+    assert keys == 2048.5 if attention == "full" else 120 < keys < 200
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(ValueError, match="'sparse'"):
+        Config(attention="sparse")
 
 
 def test_baseline_codes_uniform_bytes_in_eight_bits_and_learns_an_order():
@@ -46,8 +72,7 @@ def test_baseline_codes_uniform_bytes_in_eight_bits_and_learns_an_order():
 
 def test_resuming_goes_on_as_if_it_had_not_stopped(tmp_path):
     corpus = load_corpus(None, 256)
-    config = Config(layers=2, width=32, heads=2, window=16, buckets=64)
-    settings = Settings(length=256, steps=6)
+    config, settings = Config(**TOY, buckets=64), Settings(length=256, steps=6)
     whole, first, second = (Trainer(config, settings, corpus) for _ in range(3))
     expected = [whole.train_step() for _ in range(6)]
     losses = [first.train_step() for _ in range(3)]
@@ -55,17 +80,54 @@ def test_resuming_goes_on_as_if_it_had_not_stopped(tmp_path):
     second.restore(load_checkpoint(tmp_path / "checkpoint.pt"))
     losses += [second.train_step() for _ in range(3)]
     assert losses == expected
+    assert second.history.train == whole.history.train == expected
+    assert second.history.gradient_norms == whole.history.gradient_norms
+    assert all(norm > 0 for norm in whole.history.gradient_norms)
+
+
+def test_training_without_a_checkpoint_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpus = load_corpus(None, 256)
+    trainer = Trainer(Config(**TOY, buckets=64), Settings(length=256, steps=9), corpus)
+    result = compare.measure(trainer)
+    assert len(result["train"]) == len(result["gradient_norms"]) == 9
+    assert not trainer.history.held_out
+    assert 0 < result["bits"] < 9
+    assert result["peak"] >= result["training"] >= 0
+    assert not list(tmp_path.iterdir())
+
+
+OPTIONS = [word for name, value in TOY.items() for word in (f"--{name}", str(value))]
+OPTIONS += ["--length", "256", "--steps", "3"]
+
+
+def test_comparison(tmp_path, capsys):
+    """Each attention in a process of its own, with the user's options, on one table."""
+    kinds = ("full", "bigbird")
+    assert compare.compare(SCRIPT, OPTIONS, tmp_path, 2.5, kinds) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert all(word in head for word in ("bits/byte", "s/step", "seconds", "peak MiB"))
+    assert [row.split()[0] for row in rows[:2]] == list(kinds)
+    assert rows[0].split()[3] == "+0.000"
+    results = json.loads((tmp_path / "compare.json").read_text())["attention"]
+    assert all(len(results[kind]["train"]) == 3 for kind in kinds)
+    assert (tmp_path / "compare.png").stat().st_size > 10000
+
+
+def test_comparison_stops_where_a_run_fails(tmp_path):
+    wrong = [*OPTIONS, "--width", "33"]
+    assert compare.compare(SCRIPT, wrong, tmp_path, 2.5) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def run(*arguments: str) -> str:
-    command = [sys.executable, EXAMPLES / "train_long_text.py", *arguments]
+    command = [sys.executable, SCRIPT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     return done.stdout
 
 
 def test_whole_run(tmp_path):
-    text = run("--length", "256", "--layers", "2", "--width", "32", "--heads", "2", "--window",
-               "16", "--steps", "3", "--out", str(tmp_path), "--sample-bytes", "10")  # fmt: skip
+    text = run(*OPTIONS, "--out", str(tmp_path), "--sample-bytes", "10")
     assert "two bytes of context" in text
     assert (tmp_path / "training.png").stat().st_size > 10000
     assert (tmp_path / "checkpoint.pt").exists()

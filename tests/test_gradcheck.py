@@ -3,7 +3,7 @@
 import cases
 import pytest
 import torch
-from cases import PATTERNS, Shape
+from cases import PATTERNS, SIZED, Shape
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -14,7 +14,7 @@ SMALL = Shape(n_q=9, head_dim=3, value_dim=2, batch=1)
 
 def holds(expression: str, shape: Shape, **options) -> bool:
     """gradcheck of output and log-sum-exp; rows without keys leave their -inf out."""
-    pattern = cases.library(expression)
+    pattern = cases.library(expression, shape)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         output, lse = attention(query, key, value, pattern, return_lse=True, **options)
@@ -24,9 +24,9 @@ def holds(expression: str, shape: Shape, **options) -> bool:
     return gradcheck(call, leaves)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", [*PATTERNS, *SIZED])
 def test_patterns(name):
-    assert holds(PATTERNS[name], SMALL)
+    assert holds((PATTERNS | SIZED)[name], SMALL)
 
 
 @pytest.mark.parametrize(

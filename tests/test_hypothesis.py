@@ -24,8 +24,27 @@ def tokens(n_k: int) -> st.SearchStrategy[str]:
     return st.builds("{}({})".format, kinds, lists)
 
 
+def fixed(stride: int, summary: int) -> str:
+    return f"Fixed({stride}, {summary % (stride + 1)})"
+
+
+def blocks() -> st.SearchStrategy[str]:
+    """Patterns of blocks, strides and chance."""
+    size, few, seed = st.integers(1, 70), st.integers(0, 4), st.integers(-9, 2**33)
+    share = st.sampled_from([0, 0.02, 0.3, 0.9, 1])
+    return st.one_of(
+        st.builds("{}({})".format, st.sampled_from(["Strided", "LocalBlocks", "Radial"]), size),
+        st.builds("Checkerboard({})".format, size),
+        st.builds(fixed, size, size),
+        st.builds("FirstLast({}, {})".format, size, few),
+        st.builds("RandomBlocks({}, {}, seed={})".format, few, size, seed),
+        st.builds("RandomTokens({}, seed={})".format, share, seed),
+        st.builds("BigBird({}, {}, {}, {}, {})".format, size, few, few, few, seed),
+    )
+
+
 def trees(n_k: int) -> st.SearchStrategy[str]:
-    leaves = st.one_of(windows(), tokens(n_k), st.sampled_from(["Full()", "Causal()"]))
+    leaves = st.one_of(windows(), tokens(n_k), blocks(), st.sampled_from(["Full()", "Causal()"]))
     return st.recursive(
         leaves,
         lambda part: st.builds("({} {} {})".format, part, st.sampled_from("|&"), part),

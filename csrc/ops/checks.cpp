@@ -122,15 +122,15 @@ void check_per_head(const char* name, const at::Tensor& tensor, const SymSizes& 
   };
   fits = fits && is_one_or(inner + 1, sizes.heads) && is_one_or(inner + 2, sizes.batch);
   if (fits) return;
-  std::ostringstream shape;
-  for (const c10::SymInt* size : {sizes.batch, sizes.heads}) {
-    if (size) shape << *size << " or 1, ";
-    if (!size) shape << "any, ";
-  }
-  for (std::size_t i = 0; i < inner; ++i) shape << (i ? ", " : "") << expected[i];
-  TORCH_CHECK_VALUE(false, "sparse_attn: expected ", name, " of shape [", shape.str(),
-                    "] (batch, heads, then queries and keys; the first two may be left out), got ",
-                    given);
+  const auto number = [](const c10::SymInt* size, const char* name_of_it) {
+    std::ostringstream text;
+    if (size) text << *size << " or 1 ";
+    text << name_of_it;
+    return text.str();
+  };
+  TORCH_CHECK_VALUE(false, "sparse_attn: expected ", name, " of shape ",
+                    c10::SymIntArrayRef(expected), ", or with ", number(sizes.heads, "heads"),
+                    ", and ", number(sizes.batch, "examples"), ", before, got ", given);
 }
 
 /// Of blocks of one, it is a mask.

@@ -8,21 +8,22 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_attn
-from sparse_attn import Causal, Global, Window
+from sparse_attn import BigBird, Causal, Fixed, Global, Pattern, Strided, Window
 
 VOCABULARY = 256  # bytes
+ATTENTIONS = ("full", "window", "longformer", "strided", "fixed", "bigbird")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of the model. `attention` is "sparse" or "full"; the parameters are the same."""
+    """The shape of the model. `attention` is one of ATTENTIONS; the parameters are the same."""
 
     layers: int = 4
     width: int = 192
     heads: int = 3
     window: int = 128
     buckets: int = 8192
-    attention: str = "sparse"
+    attention: str = "longformer"
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
@@ -30,18 +31,38 @@ class Config:
                 f"expected a width that is a multiple of 2 * heads = {2 * self.heads} "
                 f"(rotary positions pair the channels), got {self.width}"
             )
-        if self.attention not in ("sparse", "full"):
-            raise ValueError(f"expected attention 'sparse' or 'full', got {self.attention!r}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"expected attention in {ATTENTIONS}, got {self.attention!r}")
 
     @property
     def dilations(self) -> list[int]:
         """1 in the lower half, which reads the neighborhood, then 2, 4, 8, ... for reach."""
         return [2 ** max(0, layer + 1 - (self.layers + 1) // 2) for layer in range(self.layers)]
 
-    def pattern(self, layer: int, window: int | None = None):
-        """The pairs that a layer may look at: a dilated window to the left, and byte 0."""
-        left = self.window if window is None else window
-        return (Window(left, 0, dilation=self.dilations[layer]) | Global([0])) & Causal()
+    def pattern(self, layer: int, window: int | None = None) -> Pattern:
+        """The pairs that a layer may look at, all to the left.
+
+        At the default length a sparse one has 1 to 1.5 times `window` keys per query: Longformer a
+        dilated window and byte 0; the Sparse Transformer's strided and fixed sets a stride of
+        `window` (Child et al. 2019 take 128, with 8 summaries, for text); BigBird blocks of a
+        quarter of it: a window of three, three random ones, a global one.
+        """
+        size = self.window if window is None else window
+        dilated = Window(size, 0, dilation=self.dilations[layer])
+        patterns = {
+            "full": Causal(),
+            "window": Window(size, 0),
+            "longformer": (dilated | Global([0])) & Causal(),
+            "strided": Strided(size),
+            "fixed": Fixed(size, max(1, size // 16)),
+            "bigbird": BigBird(max(1, size // 4), seed=layer) & Causal(),
+        }
+        return patterns[self.attention]
+
+    def keys_per_query(self, length: int) -> float:
+        """How many keys a query sees, on average over queries and layers."""
+        pairs = sum(self.pattern(layer).cost(length).pairs for layer in range(self.layers))
+        return pairs / (self.layers * length)
 
 
 def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
@@ -80,7 +101,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.pattern = config.pattern(layer) if config.attention == "sparse" else None
+        self.pattern = None if config.attention == "full" else config.pattern(layer)
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)

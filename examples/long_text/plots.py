@@ -11,9 +11,17 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 
 from long_text.model import Config
-from long_text.training import History
+from long_text.training import CLIPPED_NORM, History
 
 INK, TRAIN, HELD_OUT, BASELINE = "#2b2b2b", "#9db7d5", "#1f4e8c", "#c8553d"
+COLORS = {
+    "full": INK,
+    "window": "#56b4e9",
+    "longformer": "#0072b2",
+    "strided": "#009e73",
+    "fixed": "#e69f00",
+    "bigbird": "#cc79a7",
+}
 DRAWN_TOKENS, DRAWN_WINDOW = 48, 6
 
 
@@ -64,7 +72,8 @@ def _draw_patterns(figure, config: Config) -> None:
     for square, layer in zip(squares, [0, *last], strict=False):
         mask = config.pattern(layer, DRAWN_WINDOW).mask(DRAWN_TOKENS).numpy()
         square.imshow(mask, cmap=ListedColormap(["#f4f6f9", HELD_OUT]), vmin=0, vmax=1)
-        title = f"layer {layer + 1}: dilation {config.dilations[layer]}"
+        dilated = config.attention == "longformer"
+        title = f"layer {layer + 1}" + f": dilation {config.dilations[layer]}" * dilated
         square.set_title(title, fontsize=10, color=INK)
         square.set(xticks=[], yticks=[], xlabel="key", ylabel="query")
         square.spines[:].set_color("#c9ced6")
@@ -80,9 +89,41 @@ def save_figure(path: Path, history: History, baseline: float, config: Config) -
     _draw_loss(axes, history, baseline)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if config.attention == "sparse":
-        _draw_patterns(right, config)
-    else:
+    if config.attention == "full":
         right.suptitle("Full causal attention", color=INK)
+    else:
+        _draw_patterns(right, config)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def save_comparison(path: Path, results: dict[str, dict], baseline: float) -> None:
+    """Write the PNG of `--compare`: loss on the left, gradient norms on the right.
+
+    `results` are those of `long_text.compare.measure` by attention, `baseline` is in bits per byte.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
+    seen = [baseline]
+    for kind, result in results.items():
+        norms, width = result["gradient_norms"], max(1, len(result["train"]) // 10)
+        losses = _smooth(result["train"], width)
+        steps = np.arange(1, len(losses) + 1)
+        seen.extend(losses[len(losses) // 4 :])  # the first quarter falls from 8 bits
+        label = f"{kind}: {result['bits']:.3f} held out, {result['seconds']:.0f} s"
+        left.plot(steps, losses, color=COLORS[kind], label=label)
+        right.plot(steps, norms, color=COLORS[kind], linewidth=0.5, alpha=0.3)
+        right.plot(steps, _smooth(norms, width), color=COLORS[kind])
+    label = f"two bytes of context: {baseline:.3f} held out"
+    left.axhline(baseline, color=BASELINE, linestyle="--", linewidth=1.4, label=label)
+    right.axhline(CLIPPED_NORM, color="#c9ced6", linestyle="--", linewidth=1)
+    left.set_ylim(min(seen) - 0.1, max(seen) + 0.3)
+    left.set(xlabel="step", ylabel="bits per byte, running mean")
+    right.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
+    left.set_title("Training loss", loc="left", color=INK)
+    right.set_title(f"Gradient norm, clipped at {CLIPPED_NORM:g}", loc="left", color=INK)
+    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.grid(axis="y", color="#e6e6e6")
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

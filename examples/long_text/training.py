@@ -21,6 +21,7 @@ from long_text.model import Config, build_model
 
 WARMUP = 20
 EVALUATIONS = 8
+CLIPPED_NORM = 1.0  # longer gradients are scaled down to it
 CALIBRATION = 10  # steps that are timed before --minutes becomes a number of steps
 
 
@@ -38,9 +39,10 @@ class Settings:
 
 @dataclass
 class History:
-    """What the curves are drawn from; losses in bits per byte."""
+    """What the curves are drawn from; losses in bits per byte, gradient norms before clipping."""
 
     train: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -110,26 +112,33 @@ class Trainer:
         inputs, targets = training_batch(self.corpus.train, s.length, s.batch, self.step, s.seed)
         loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIPPED_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return loss.item() / math.log(2)
+        bits = loss.item() / math.log(2)
+        self.history.train.append(bits)
+        self.history.gradient_norms.append(norm.item())
+        return bits
 
-    def train(self, checkpoint: Path) -> bool:
-        """Train to the end (True) or until Ctrl-C (False); either way `checkpoint` is written."""
+    def train(self, checkpoint: Path | None) -> bool:
+        """Train to the end (True) or until Ctrl-C (False); either way `checkpoint` is written.
+
+        Without one, nothing is written or measured on the way.
+        """
         s, history = self.settings, self.history
         shown = tqdm(
+            desc=self.model.config.attention,
             total=s.steps,
             initial=self.step,
             unit="step",
             mininterval=0.2 if sys.stderr.isatty() else 15.0,
-            bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
+            bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
         )
         with shown, interrupt_flag() as stop:
             while self.step < s.steps and not stop:
                 start = time.perf_counter()
-                history.train.append(self.train_step())
+                self.train_step()
                 took = time.perf_counter() - start
                 history.seconds += took
                 if s.minutes and self.step == CALIBRATION:
@@ -144,12 +153,14 @@ class Trainer:
                     refresh=False,
                 )
                 shown.update()
-                if self.step % max(1, s.steps // EVALUATIONS) == 0 and self.step < s.steps:
+                due = self.step % max(1, s.steps // EVALUATIONS) == 0 and self.step < s.steps
+                if checkpoint and due:
                     bits = held_out_bits(self.model, self.corpus, s.length)
                     history.held_out.append((self.step, bits))
                     shown.write(f"step {self.step}: held-out {bits:.3f} bits/byte")
                     self.save(checkpoint)
-        self.save(checkpoint)
+        if checkpoint:
+            self.save(checkpoint)
         return self.step >= s.steps
 
     def save(self, path: Path) -> None:
