@@ -1,18 +1,17 @@
 // Builds a plan from the terms of a pattern.
 //
-// Each term is tiled in the order that makes it dense: a dilated window by residue classes, listed
-// keys gathered into tiles of their own, everything else in natural order. Terms of one order share
-// a pass. A pair that several terms allow belongs to the first of them: the later ones mask it out.
-// Rows that see (nearly) everything, the global queries, are listed into tiles of their own in the
-// first pass and owned by no other tile. Pairs that are scattered so thinly that tiles would be
-// almost empty go to lists of keys, one for each query.
+// Each part of the pattern is tiled in the order that makes it dense (layers.h): a dilated window
+// by residue classes, listed keys gathered into tiles of their own, everything else in natural
+// order. Parts of one order share a pass. A pair that several parts allow belongs to the first of
+// them: the later ones mask it out. Rows that see (nearly) everything, the global queries, are
+// listed into tiles of their own in the first pass and owned by no other tile. Pairs that are
+// scattered so thinly that tiles would be almost empty go to lists of keys, one for each query.
 #include <algorithm>
-#include <map>
 #include <unordered_map>
 #include <utility>
 
 #include "patterns/tokens.h"
-#include "plan/layer.h"
+#include "plan/layers.h"
 #include "plan/lists.h"
 #include "plan/plan.h"
 
@@ -43,90 +42,29 @@ std::uint64_t low_bits(std::int64_t n) {
   return n >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << n) - 1;
 }
 
-/// A primitive of listed keys, and what else its term asks for.
-struct Gather {
-  PrimitivePtr keys;
-  Term rest;
-};
-
 class Builder {
  public:
   Builder(const Terms& terms, Sizes sizes, TileShape tile, Listing listing)
-      : all_{std::make_shared<UnionOf>(terms)}, listing_(listing) {
+      : all_{std::make_shared<UnionOf>(terms)},
+        parts_(terms),
+        layers_(parts_.layers()),
+        listed_positions_(parts_.positions),
+        listing_(listing) {
     plan_.sizes = sizes;
     plan_.tile = tile;
-    for (const Term& term : terms) sort_out(term);
-    for (const Gather& g : gathers_) {
-      layers_.push_back(g.rest);
-      layers_.back().push_back(g.keys);
-    }
-    for (const auto& [step, same_order] : ordered_) {
-      layers_.push_back(same_order.size() == 1 ? same_order[0]
-                                               : Term{std::make_shared<UnionOf>(same_order)});
-    }
-    tiled_layers_ = layers_.size();
-    layers_.insert(layers_.end(), of_lists_.begin(), of_lists_.end());
   }
 
   Plan build() {
-    if (ordered_.empty()) add_pass(1);
+    if (parts_.ordered.empty()) add_pass(1);
     const std::int64_t longest = std::max<std::int64_t>({plan_.sizes.n_q, plan_.sizes.n_k, 1});
-    for (const auto& [step, same_order] : ordered_) add_pass(std::min(step, longest));
+    for (const auto& [step, same_order] : parts_.ordered) add_pass(std::min(step, longest));
     add_lists();
     return std::move(plan_);
   }
 
  private:
-  static std::int64_t step_of(const Term& term) {
-    std::int64_t step = 1;
-    for (const PrimitivePtr& p : term) step = std::max(step, p->step());
-    return step;
-  }
-
-  /// Global queries to their list, lists of keys as they are, listed keys to a gather, the rest to
-  /// the residue order of its widest step.
-  void sort_out(const Term& term) {
-    for (const PrimitivePtr& p : term) {
-      if (!p->position_list()) continue;
-      listed_positions_.insert(listed_positions_.end(), p->position_list()->begin(),
-                               p->position_list()->end());
-      std::sort(listed_positions_.begin(), listed_positions_.end());
-      listed_positions_.erase(std::unique(listed_positions_.begin(), listed_positions_.end()),
-                              listed_positions_.end());
-      return;  // no other row is in this term
-    }
-    for (const PrimitivePtr& p : term) {
-      if (!p->lists()) continue;
-      of_lists_.push_back(term);
-      return;
-    }
-    for (const PrimitivePtr& p : term) {
-      if (!p->key_list()) continue;
-      Term rest = term;
-      rest.erase(std::find(rest.begin(), rest.end(), p));
-      add_gather({p, std::move(rest)});
-      return;
-    }
-    ordered_[step_of(term)].push_back(term);
-  }
-
-  void add_gather(Gather gather) {
-    const auto equal = [](const Term& a, const Term& b) {
-      return a.size() == b.size() &&
-             std::equal(a.begin(), a.end(), b.begin(), [](const auto& p, const auto& q) {
-               return p->includes(*q) && q->includes(*p);
-             });
-    };
-    for (Gather& present : gathers_) {
-      if (!equal(present.rest, gather.rest)) continue;
-      const TokenList &a = *present.keys->key_list(), &b = *gather.keys->key_list();
-      TokenList both;
-      std::set_union(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(both));
-      present.keys = std::make_shared<GlobalKeys>(std::move(both));
-      return;
-    }
-    gathers_.push_back(std::move(gather));
-  }
+  /// How many layers come before those of lists.
+  std::size_t tiled_layers() const { return layers_.size() - parts_.of_lists.size(); }
 
   void add_pass(std::int64_t step) {
     first_pass_ = plan_.passes.empty();
@@ -135,7 +73,7 @@ class Builder {
     pass_->step = step;
     add_key_tiles();
     if (first_pass_) {
-      for (const Gather& g : gathers_) add_gathered_tiles(*g.keys->key_list());
+      for (const Gather& g : parts_.gathers) add_gathered_tiles(*g.keys->key_list());
       add_listed_rows();
     }
     for (std::int64_t residue = 0; residue < std::min(step, plan_.sizes.n_q); ++residue) {
@@ -207,17 +145,17 @@ class Builder {
       if (owned == 0) continue;
       begin_row_tile({start, static_cast<std::int32_t>(step), rows, -1}, positions, owned);
       if (first_pass_) {
-        for (std::size_t g = 0; g < gathers_.size(); ++g) {
+        for (std::size_t g = 0; g < parts_.gathers.size(); ++g) {
           const std::int32_t end = g + 1 < gather_tiles_.size()
                                        ? gather_tiles_[g + 1]
                                        : static_cast<std::int32_t>(pass_->key_tiles.size());
-          descend({gathers_[g].rest, layers_.data(), g}, gather_tiles_[g], end);
+          descend({parts_.gathers[g].rest, layers_.data(), g}, gather_tiles_[g], end);
         }
       }
       const auto r = static_cast<std::size_t>(key_residue);
-      const std::size_t layer = gathers_.size() + plan_.passes.size() - 1;
+      const std::size_t layer = parts_.gathers.size() + plan_.passes.size() - 1;
       const bool any_keys = r + 1 < residue_tiles_.size();  // there may be fewer than residues
-      if (any_keys && layer < tiled_layers_) {
+      if (any_keys && layer < tiled_layers()) {
         descend({layers_[layer], layers_.data(), layer}, residue_tiles_[r], residue_tiles_[r + 1]);
       }
       end_row_tile();
@@ -370,12 +308,12 @@ class Builder {
   /// The lists that terms bring along, less what other layers and the listed rows have, and the
   /// pairs of sparse tiles.
   void add_lists() {
-    const bool as_they_are = of_lists_.size() == 1 && layers_.size() == 1 &&
-                             of_lists_[0].size() == 1 && listed_positions_.empty();
+    const bool as_they_are = parts_.of_lists.size() == 1 && layers_.size() == 1 &&
+                             parts_.of_lists[0].size() == 1 && listed_positions_.empty();
     if (as_they_are) {
-      plan_.lists = *of_lists_[0][0]->lists();
+      plan_.lists = *parts_.of_lists[0][0]->lists();
     } else {
-      for (std::size_t i = tiled_layers_; i < layers_.size(); ++i) list_layer(i);
+      for (std::size_t i = tiled_layers(); i < layers_.size(); ++i) list_layer(i);
       if (!loose_.empty()) plan_.lists = lists_of(loose_, plan_.sizes.n_q);
     }
     const auto listed = static_cast<std::int64_t>(plan_.lists.keys.size());
@@ -399,13 +337,10 @@ class Builder {
   }
 
   Plan plan_;
-  Term all_;                               // the whole pattern, for the listed rows
-  std::vector<Gather> gathers_;            // terms of listed keys
-  std::map<std::int64_t, Terms> ordered_;  // terms in residue order, by step: a pass for each
-  Terms of_lists_;                         // terms that bring lists of keys along
-  Terms layers_;                           // all three, in the order in which they claim pairs
-  std::size_t tiled_layers_ = 0;           // how many come before those of lists
-  TokenList listed_positions_;
+  Term all_;  // the whole pattern, for the listed rows
+  Parts parts_;
+  Terms layers_;
+  TokenList listed_positions_;  // those that queries stand at
   Listing listing_;
   std::vector<Pair> loose_;  // pairs that no tile holds
   std::unordered_map<Signature, std::int32_t, SignatureHash> mask_ids_;

@@ -1,11 +1,37 @@
-// A layer of a pattern: what one part of it allows and the parts before it do not.
+// The parts of a pattern, each with the order of tokens that makes it dense, and what a part allows
+// that the parts before it do not.
 #pragma once
 
 #include <algorithm>
+#include <map>
+#include <vector>
 
+#include "patterns/tokens.h"
 #include "patterns/union.h"
 
 namespace sparse_attn {
+
+/// A primitive of listed keys, and what else its term asks for.
+struct Gather {
+  PrimitivePtr keys;
+  Term rest;
+};
+
+struct Parts {
+  explicit Parts(const Terms& terms);
+
+  TokenList positions;                    // global queries: rows of their own
+  std::vector<Gather> gathers;            // listed keys: tiles of their own
+  std::map<std::int64_t, Terms> ordered;  // by step, 1 = the natural order: a pass for each
+  Terms of_lists;                         // terms that bring lists of keys along
+
+  /// Gathers, orders and lists, in the order in which they claim pairs.
+  Terms layers() const;
+
+ private:
+  void add(const Term& term);
+  void add_gather(Gather gather);
+};
 
 /// A term without the pairs of earlier ones.
 struct Layer {
