@@ -11,50 +11,21 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from long_text import compare
 from long_text.baseline import two_byte_bits
+from long_text.command import HelpFormatter, checkpoint_path, count, positive, prepare
 from long_text.data import DataError, load_corpus
 from long_text.measure import peak_memory
 from long_text.model import ATTENTIONS, Config, build_model
 from long_text.plots import save_figure
 from long_text.sample import generate
-from long_text.training import Settings, Trainer, held_out_bits, load_checkpoint, set_threads
+from long_text.training import Settings, Trainer, set_threads
 
 __all__ = ["Config", "build_model", "main"]
-
-
-def positive(kind: type):
-    """An argparse type: a finite number above zero."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number above zero, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def count(text: str) -> int:
-    """An argparse type: an int that is zero or more."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected zero or more, got {text}")
-    return value
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of each option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False):
-            return action.help
-        return super()._get_help_string(action)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,40 +72,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pick(kind: type, args: argparse.Namespace, stored: dict | None = None):
-    """A `Config` or `Settings` from the options, or from a checkpoint that they must not deny."""
-    given = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
-    if stored is None:
-        return kind(**given)
-    for name, value in given.items():
-        if value not in (getattr(kind(), name), stored[name]):
-            option = name.replace("_", "-")
-            raise ValueError(
-                f"the checkpoint was made with --{option} {stored[name]}, not {value}: "
-                f"leave --{option} out, or start anew in another --out"
-            )
-    return kind(**stored)
-
-
-def prepare(args: argparse.Namespace) -> Trainer:
-    """The trainer that the options ask for, new or resumed."""
-    path = args.out / "checkpoint.pt"
-    state = load_checkpoint(path) if args.resume else None
-    config = pick(Config, args, state and state["config"])
-    settings = pick(Settings, args, state and state["settings"])
-    corpus = load_corpus(args.text, settings.length)
-    if state and state["text"] != corpus.fingerprint:
-        raise ValueError(f"the checkpoint was trained on another text than {corpus.name}")
-    trainer = Trainer(config, settings, corpus)
-    if state:
-        trainer.restore(state)
-        print(f"Resuming at step {trainer.step} of {settings.steps}")
-    elif path.exists() and not args.measure:
-        path.replace(args.out / "previous.pt")
-        print(f"Starting anew; the checkpoint of the run before is now {args.out}/previous.pt")
-    return trainer
-
-
 def describe(trainer: Trainer) -> None:
     """Say what is about to be trained."""
     config, corpus, settings = trainer.model.config, trainer.corpus, trainer.settings
@@ -158,7 +95,7 @@ def printable(text: bytes) -> str:
 def report(trainer: Trainer, args: argparse.Namespace) -> bool:
     """Measure, sample and draw a trained model; returns whether it beat the baseline."""
     corpus, settings, history = trainer.corpus, trainer.settings, trainer.history
-    bits = held_out_bits(trainer.model, corpus, settings.length)
+    bits = trainer.held_out_bits()
     baseline = two_byte_bits(corpus.train, corpus.held_out)
     history.held_out.append((trainer.step, bits))
     speed = len(history.train) * settings.batch * settings.length / history.seconds
@@ -196,7 +133,7 @@ def run(trainer: Trainer, args: argparse.Namespace) -> int:
         print(json.dumps(compare.measure(trainer)))
         return 0
     describe(trainer)
-    if not trainer.train(args.out / "checkpoint.pt"):
+    if not trainer.train(checkpoint_path(args)):
         text = f" --text {args.text}" if args.text else ""
         print(f"Stopped at step {trainer.step}. To go on: --resume --out {args.out}{text}")
         return 130
@@ -204,6 +141,16 @@ def run(trainer: Trainer, args: argparse.Namespace) -> int:
         return 0
     print("The model did not beat two bytes of context: train it longer (--steps).")
     return 1 if args.check else 0
+
+
+def start(args: argparse.Namespace) -> Trainer:
+    """The trainer that the options ask for, new or resumed."""
+    return prepare(
+        args,
+        Trainer,
+        lambda config, settings: load_corpus(args.text, settings.length),
+        keep_old=not args.measure,
+    )
 
 
 def comparison(args: argparse.Namespace) -> Callable[[], int]:
@@ -227,7 +174,7 @@ def main() -> int:
     try:
         if not args.measure:
             args.out.mkdir(parents=True, exist_ok=True)
-        job = comparison(args) if args.compare else partial(run, prepare(args), args)
+        job = comparison(args) if args.compare else partial(run, start(args), args)
     except (DataError, ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     try:

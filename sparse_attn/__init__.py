@@ -11,7 +11,11 @@ torch.Size([1, 8, 1000, 64])
 from sparse_attn import functional, nn
 from sparse_attn.functional import attention
 from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, plan_info
-from sparse_attn.nn import LongformerSelfAttention
+from sparse_attn.nn import (
+    LongformerSelfAttention,
+    SparseSelfAttention,
+    SparseTransformerBlock,
+)
 from sparse_attn.patterns import (
     BigBird,
     BlockLayout,
@@ -64,6 +68,8 @@ __all__ = [
     "RandomBlocks",
     "RandomTokens",
     "ReceptiveField",
+    "SparseSelfAttention",
+    "SparseTransformerBlock",
     "Strided",
     "Union",
     "Window",

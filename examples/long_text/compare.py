@@ -9,7 +9,7 @@ from pathlib import Path
 from long_text.measure import peak_memory
 from long_text.model import ATTENTIONS
 from long_text.plots import save_comparison
-from long_text.training import Trainer, held_out_bits
+from long_text.training import Trainer
 
 STEPS = 140  # of each attention: about seven minutes for all on two quiet cores
 HEAD = (
@@ -27,7 +27,7 @@ def measure(trainer: Trainer) -> dict:
     peak = peak_memory()
     return {
         "keys": trainer.model.config.keys_per_query(settings.length),
-        "bits": held_out_bits(trainer.model, trainer.corpus, settings.length),
+        "bits": trainer.held_out_bits(),
         "seconds": history.seconds,
         "bytes": len(history.train) * settings.batch * settings.length,
         "peak": peak,

@@ -33,7 +33,8 @@ def _smooth(values: list[float], width: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _draw_loss(axes, history: History, baseline: float) -> None:
+def draw_loss(axes, history: History, baseline: float, name: str, unit: str) -> None:
+    """The loss over the steps in bits per `unit`, and the bar to clear, which `name` names."""
     steps = np.arange(1, len(history.train) + 1)
     axes.plot(steps, history.train, color=TRAIN, linewidth=0.7, alpha=0.6)
     smooth = _smooth(history.train, max(1, len(steps) // 20))
@@ -48,15 +49,17 @@ def _draw_loss(axes, history: History, baseline: float) -> None:
             textcoords="offset points",
             ha="center",
             color=HELD_OUT,
+            backgroundcolor="white",
         )
-    label = f"two bytes of context, {baseline:.2f}"
+    label = f"{name}, {baseline:.2f}"
     axes.axhline(baseline, color=BASELINE, linestyle="--", linewidth=1.4, label=label)
-    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, len(steps) * 1.03))
+    axes.set(xlabel="step", ylabel=f"bits per {unit}", xlim=(0, len(steps) * 1.03))
     lowest = min(baseline, *history.train)
     axes.set_ylim(max(0, lowest - 0.3), max(4.5, baseline + 1, smooth[-1] + 0.5))
     axes.set_title("Loss", loc="left", color=INK)
     axes.grid(axis="y", color="#e6e6e6")
     axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_patterns(figure, config: Config) -> None:
@@ -85,10 +88,7 @@ def save_figure(path: Path, history: History, baseline: float, config: Config) -
     """Write the PNG: the loss curve on the left, the layers' patterns on the right."""
     figure = plt.figure(figsize=(12.5, 5.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])
-    axes = left.subplots()
-    _draw_loss(axes, history, baseline)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    draw_loss(left.subplots(), history, baseline, "two bytes of context", "byte")
     if config.attention == "full":
         right.suptitle("Full causal attention", color=INK)
     else:

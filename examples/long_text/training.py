@@ -63,15 +63,6 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-@torch.no_grad()
-def held_out_bits(model: nn.Module, corpus: Corpus, length: int) -> float:
-    """Bits per byte over the whole held-out text, every byte predicted once."""
-    total = 0.0
-    for inputs, targets in held_out_windows(corpus, length):
-        total += F.cross_entropy(model(inputs[None])[0], targets, reduction="sum").item()
-    return total / len(corpus.held_out) / math.log(2)
-
-
 def set_threads(threads: int) -> None:
     """Compute on this many threads."""
     torch.set_num_threads(threads)
@@ -94,22 +85,46 @@ def interrupt_flag() -> Iterator[list[bool]]:
 
 
 class Trainer:
-    """The state of a run: model, optimizer, step and history, savable between two steps."""
+    """The state of a run: model, optimizer, step and history, savable between two steps.
+
+    Other data and models are trained by a subclass with its own `Config`, `Settings`, `unit` (what
+    a token is called), `build_model`, `length`, `batch` and `held_out_bits`.
+    """
+
+    Config, Settings, unit = Config, Settings, "byte"
+    build_model = staticmethod(build_model)
 
     def __init__(self, config: Config, settings: Settings, corpus: Corpus):
         torch.manual_seed(settings.seed)
         self.settings, self.corpus = settings, corpus
-        self.model = build_model(config)
+        self.model = self.build_model(config)
         self.optimizer = build_optimizer(self.model)
         self.step = 0
         self.history = History()
 
-    def train_step(self) -> float:
-        """One update; returns its loss in bits per byte."""
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.settings.length
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (batch, length) of this step."""
         s = self.settings
+        return training_batch(self.corpus.train, s.length, s.batch, self.step, s.seed)
+
+    @torch.no_grad()
+    def held_out_bits(self) -> float:
+        """Bits per byte over the whole held-out text, every byte predicted once."""
+        total = 0.0
+        for inputs, targets in held_out_windows(self.corpus, self.settings.length):
+            total += F.cross_entropy(self.model(inputs[None])[0], targets, reduction="sum").item()
+        return total / len(self.corpus.held_out) / math.log(2)
+
+    def train_step(self) -> float:
+        """One update; returns its loss in bits per token."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, s)
-        inputs, targets = training_batch(self.corpus.train, s.length, s.batch, self.step, s.seed)
+            group["lr"] = learning_rate(self.step, self.settings)
+        inputs, targets = self.batch()
         loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIPPED_NORM)
@@ -147,17 +162,17 @@ class Trainer:
                     shown.total = s.steps = max(CALIBRATION, round(60 * s.minutes / per_step))
                 recent = history.train[-20:]
                 shown.set_postfix_str(
-                    f"loss {sum(recent) / len(recent):.3f} bits/byte, "
-                    f"{s.batch * s.length / took / 1e3:.1f} kB/s, "
+                    f"loss {sum(recent) / len(recent):.3f} bits/{self.unit}, "
+                    f"{s.batch * self.length / took / 1e3:.1f} k{self.unit}s/s, "
                     f"peak {peak_memory() / 2**20:.0f} MiB",
                     refresh=False,
                 )
                 shown.update()
                 due = self.step % max(1, s.steps // EVALUATIONS) == 0 and self.step < s.steps
                 if checkpoint and due:
-                    bits = held_out_bits(self.model, self.corpus, s.length)
+                    bits = self.held_out_bits()
                     history.held_out.append((self.step, bits))
-                    shown.write(f"step {self.step}: held-out {bits:.3f} bits/byte")
+                    shown.write(f"step {self.step}: held-out {bits:.3f} bits/{self.unit}")
                     self.save(checkpoint)
         if checkpoint:
             self.save(checkpoint)
@@ -168,7 +183,7 @@ class Trainer:
         state = {
             "config": asdict(self.model.config),
             "settings": asdict(self.settings),
-            "text": self.corpus.fingerprint,
+            "data": self.corpus.fingerprint,
             "step": self.step,
             "history": asdict(self.history),
             "model": self.model.state_dict(),

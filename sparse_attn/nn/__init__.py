@@ -1,5 +1,7 @@
 """Attention layers."""
 
 from sparse_attn.nn.longformer import LongformerSelfAttention
+from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
+from sparse_attn.nn.sparse_transformer import SparseTransformerBlock
 
-__all__ = ["LongformerSelfAttention"]
+__all__ = ["LongformerSelfAttention", "SparseSelfAttention", "SparseTransformerBlock"]

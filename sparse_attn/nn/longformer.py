@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.functional import attention
+from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
 from sparse_attn.patterns import Causal, GlobalKeys, GlobalQueries, Pattern, PerHead, Window
 
 
@@ -57,13 +58,8 @@ class LongformerSelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(
-                "sparse_attn: expected embed_dim to be a multiple of num_heads, got "
-                f"{embed_dim} and {num_heads}"
-            )
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"sparse_attn: expected dropout in [0, 1], got {dropout}")
+        check_heads(embed_dim, num_heads)
+        check_dropout(dropout)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.attention_window = attention_window
@@ -152,11 +148,7 @@ class LongformerSelfAttention(nn.Module):
         return sum(p.flatten()[:0].sum() for p in unused)
 
     def _check(self, hidden_states: Tensor, *masks: Tensor | None) -> None:
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.embed_dim:
-            raise ValueError(
-                "sparse_attn: expected hidden_states of shape (batch, length, "
-                f"{self.embed_dim}), got {tuple(hidden_states.shape)}"
-            )
+        check_sequence("hidden_states", hidden_states, self.embed_dim)
         for name, mask in zip(("attention_mask", "global_attention_mask"), masks, strict=True):
             if mask is not None and mask.shape != hidden_states.shape[:2]:
                 raise ValueError(

@@ -1,0 +1,114 @@
+"""Multi-head attention over any pattern."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.functional import attention
+from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
+from sparse_attn.patterns import Causal, Pattern, check_pattern
+
+
+class SparseSelfAttention(nn.Module):
+    """Multi-head attention over the pairs that a pattern allows, with projections of query, key,
+    value and output.
+
+    It is the attention of `SparseTransformerBlock`. Use `causal=True`, or a causal pattern, where a
+    token must not see what follows it.
+
+    Args:
+        embed_dim: Channels of query, key, value and output.
+        num_heads: Number of heads; divides embed_dim.
+        pattern: Who sees whom; a `PerHead` for heads that differ.
+        dropout: Dropout of the attention probabilities in training. Not built yet: training with a
+            value above 0 raises NotImplementedError.
+        bias: Whether the projections have biases.
+        causal: Intersect the pattern with `Causal()`.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        TypeError: pattern is not a Pattern.
+        ValueError: embed_dim is not a multiple of num_heads, or dropout is out of range.
+
+    >>> from sparse_attn import Global, Window
+    >>> layer = SparseSelfAttention(64, 4, pattern=Window(16) | Global([0]))
+    >>> layer(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        pattern: Pattern,
+        dropout: float = 0.0,
+        bias: bool = True,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_heads(embed_dim, num_heads)
+        check_dropout(dropout)
+        check_pattern(pattern)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.pattern = pattern & Causal() if causal and not pattern.causal else pattern
+        for name in ("query", "key", "value", "output"):
+            projection = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+            self.add_module(name, projection)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend: `module(x)` from x to itself, `module(query, key, value)` from one to another.
+
+        Args:
+            query: (batch, n_q, embed_dim).
+            key: (batch, n_k, embed_dim); query if None. With n_q ≠ n_k the ends are aligned.
+            value: (batch, n_k, embed_dim), given if and only if key is.
+            key_padding_mask: (batch, n_k) bool, True = ignore this key.
+
+        Returns:
+            (batch, n_q, embed_dim). A query that sees no key gets the bias of the output
+            projection.
+
+        Raises:
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: A shape does not fit, or only one of key and value is given.
+            NotImplementedError: The module is in training and has dropout.
+        """
+        if key is None and value is None:
+            key = value = query
+        elif key is None or value is None:
+            raise ValueError(
+                "sparse_attn: expected key and value together or neither of them, got only "
+                f"{'value' if key is None else 'key'}; give key_padding_mask by name"
+            )
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_sequence(name, x, self.embed_dim)
+        heads = attention(
+            self._split(self.query(query)),
+            self._split(self.key(key)),
+            self._split(self.value(value)),
+            self.pattern,
+            key_padding_mask=key_padding_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.output(heads.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        """The pattern, in `print(module)`."""
+        return f"{self.embed_dim}, {self.num_heads}, pattern={self.pattern}"
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(batch, length, embed_dim) to (batch, heads, length, head_dim)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
