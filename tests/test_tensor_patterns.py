@@ -1,5 +1,7 @@
 """Patterns that hold tensors: layouts of blocks, masks and lists of keys."""
 
+import math
+
 import cases
 import pytest
 import torch
@@ -8,11 +10,18 @@ from cases import DTYPES, SHAPES, SIZED, Shape, check, inputs
 from sparse_attn import (
     BlockLayout,
     Causal,
+    FirstLast,
+    Fixed,
     Full,
     Global,
     KeyLists,
+    LocalBlocks,
     Mask,
+    PerHead,
+    Radial,
+    RandomBlocks,
     RandomTokens,
+    Strided,
     Window,
     attention,
 )
@@ -186,3 +195,63 @@ def test_tensors_on_another_device():
     layout = torch.ones(2, 2, dtype=torch.bool, device="meta")
     with pytest.raises(ValueError, match="meta"):
         attention(*tensors, BlockLayout(layout, 10))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        BlockLayout(cases.bits(2, 1, 1), 8) | BlockLayout(cases.bits(3, 1, 1), 8),
+        PerHead([BlockLayout(cases.bits(3, 1, 1), 8), Window(1)]),
+        BlockLayout(torch.ones(0, 1, 1, dtype=torch.bool), 8),
+        BlockLayout(torch.ones(0, 1, 1, 1, dtype=torch.bool), 8),
+        KeyLists(torch.zeros(0, 8, 2, dtype=torch.long)),
+        BlockLayout(torch.ones(1, 1, dtype=torch.bool, device="meta"), 8),
+    ],
+    ids=["other heads", "PerHead", "no heads", "no examples", "no lists", "no data"],
+)
+def test_what_cannot_be_inspected(pattern):
+    with pytest.raises(ValueError, match=r"sparse_attn: expected .* got "):
+        pattern.cost(8)
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_a_query_without_keys_gives_zeros_beside_nan(where):
+    """Nobody sees key 5, which is NaN, and query 3 sees none."""
+    tensors = inputs(Shape(n_q=64, head_dim=16, batch=1))
+    tensors[where][:, :, 5] = math.nan
+    leaves = [x.requires_grad_() for x in tensors]
+    mask = torch.ones(64, 64, dtype=torch.bool)
+    mask[3], mask[:, 5] = False, False
+    output = attention(*leaves, Mask(mask))
+    assert torch.equal(output[:, :, 3], torch.zeros_like(output[:, :, 3]))
+    gradient = torch.autograd.grad(output.sum(), leaves[0])[0]
+    assert torch.equal(gradient[:, :, 3], torch.zeros_like(gradient[:, :, 3]))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "same"),
+    [
+        (RandomBlocks(1, 2**63 - 1), Full()),
+        (RandomBlocks(10**30, 10**30), Full()),
+        (RandomBlocks(10**18, 1), Full()),
+        (LocalBlocks(10**30), Full()),
+        (BlockLayout(torch.ones(1, 1, dtype=torch.bool), 10**19), Full()),
+        (FirstLast(10**30, 10**30), Full()),
+        (Strided(10**30), Causal()),
+        (Fixed(10**30, 1), Causal()),
+        (Radial(10**30), Full()),
+    ],
+    ids=str,
+)
+def test_huge_parameters(pattern, same):
+    assert torch.equal(pattern.mask(70), same.mask(70))
+    tensors = inputs(Shape(n_q=70, head_dim=8))
+    torch.testing.assert_close(attention(*tensors, pattern), attention(*tensors, same))
+
+
+def test_an_expanded_mask_is_planned_once():
+    mask = cases.bits(70, 70)
+    tensors = inputs(Shape(n_q=70, head_dim=8))
+    expanded = Mask(mask.expand(2, 4, 70, 70))
+    assert torch.equal(attention(*tensors, expanded), attention(*tensors, Mask(mask)))
+    assert expanded.cost(70).pairs == Mask(mask).cost(70).pairs

@@ -38,7 +38,6 @@ struct Probabilities {
 };
 
 /// The same, 0 where a mask forbids the pair.
-
 template <class T>
 struct MaskedProbabilities {
   Probabilities<T> all;
@@ -403,7 +402,9 @@ class Backward {
     for (int i = 0; i < tile.rows.count; ++i) {
       if (!(tile.owned >> i & 1)) continue;
       const int64_t row = sparse_attn::token(tile.rows, plan.token_list, i);
-      const T* from = scratch.grad_query_rows + int64_t{i} * d_wide_;
+      T* from = scratch.grad_query_rows + int64_t{i} * d_wide_;
+      const bool no_keys = static_cast<const T*>(p_.lse)[head * p_.n_q + row] == -kInfinity<T>;
+      if (no_keys) fill_zero(from, d_wide_);  // 0 · NaN of a masked key is NaN
       if (wide_queries_exist_) {
         add_or_set<T>(wide_queries_ + (head * p_.n_q + row) * d_wide_, from, pass_index > 0);
       } else {

@@ -257,7 +257,7 @@ class Forward {
       lse[row] = keeps_sums_ ? maximum : log_sum_exp(maximum, sum);
       if (keeps_sums_) sums_of(head)[row] = sum;
       T* values = scratch.output_rows + i * padded;
-      scale_row(values, sum == T{0} ? T{0} : T{1} / sum, padded);
+      normalise_row(values, sum, padded);
       if (merges_in_memory_) {
         unpack_row<T>(wide.data + row * wide.stride, values, dv_);
       } else {

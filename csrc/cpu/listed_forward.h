@@ -68,7 +68,7 @@ class ListedForward {
         const T rescale = update(scratch.logits, count, maximum, sum);
         combine<S>(scratch.output, rescale, scratch.logits, value, list, count, dv_);
       });
-      scale_row(scratch.output, sum == T{0} ? T{0} : T{1} / sum, padded);
+      normalise_row(scratch.output, sum, padded);
       unpack_row<T>(output, scratch.output, dv_);
     }
   }

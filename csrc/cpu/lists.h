@@ -20,7 +20,7 @@ SPARSE_ATTN_INLINE Vec<Real<S>> partial_dot(const Real<S>* row, const S* from, i
 }
 
 /// out[i] = row · rows[list[i]]; `row` is padded with zeros to whole vectors, and `out` has room
-/// for one vector more than `count`.
+/// for whole vectors too.
 template <class S>
 __attribute__((noinline)) void dots(const Real<S>* row, Head<const S> rows, const int32_t* list,
                                     int count, int size, Real<S>* out) {

@@ -87,7 +87,7 @@ SPARSE_ATTN_INLINE Vec<T> keep_lanes(Vec<T> x, uint64_t word, int vector, T othe
   return ((word_of_vector - IntVec<T>{}) & bit) != 0 ? x : broadcast(other);
 }
 
-/// The softmax state of a row tile, one lane for each query: running maximum (base-2 logits) and
+/// The softmax state of a row tile, one lane for each query: running maximum and
 /// sum.
 template <class T>
 struct SoftmaxState {

@@ -70,6 +70,15 @@ SPARSE_ATTN_INLINE void scale_row(T* row, T factor, int padded) {
   for (int c = 0; c < padded; c += kLanes<T>) store(row + c, load(row + c) * factor);
 }
 
+/// Divides a row by the sum of its weights. Without keys it becomes 0, whatever it holds: 0 · NaN
+/// of a masked key is NaN.
+template <class T>
+SPARSE_ATTN_INLINE void normalise_row(T* row, T sum, int padded) {
+  const T factor = T{1} / sum;
+  for (int c = 0; c < padded; c += kLanes<T>)
+    store(row + c, sum == T{0} ? Vec<T>{} : load(row + c) * factor);
+}
+
 /// Whether the products read a tile where it lies. Rows that are far apart are packed first: at a
 /// stride of 2 KiB a tile falls into a few sets of the level-1 cache, which made the forward
 /// pass 1.35 x slower.

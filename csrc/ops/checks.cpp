@@ -2,10 +2,13 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <sstream>
 #include <string>
+
+#include "patterns/window.h"
 
 namespace sparse_attn {
 namespace {
@@ -133,12 +136,20 @@ void check_per_head(const char* name, const at::Tensor& tensor, const SymSizes& 
                     ", and ", number(sizes.batch, "examples"), ", before, got ", given);
 }
 
+void check_pattern_tensor(const char* name, const at::Tensor& tensor, const PatternSizes& sizes) {
+  check_kind(name, tensor);
+  if (sizes.query) check_same_place(name, tensor, *sizes.query);
+}
+
 /// Of blocks of one, it is a mask.
 void check_layout(const at::Tensor& layout, std::int64_t block, const PatternSizes& sizes) {
   const char* name = block == 1 ? "mask" : "layout";
+  check_pattern_tensor(name, layout, sizes);
   TORCH_CHECK_TYPE(layout.scalar_type() == at::kBool, "sparse_attn: expected ", name,
                    " of dtype bool, got ", layout.scalar_type());
-  check_per_head(name, layout, {(sizes.n_q + block - 1) / block, (sizes.n_k + block - 1) / block},
+  // Larger blocks than this hold any sequence, and their sum with a length does not overflow.
+  const c10::SymInt size = std::min(block, kUnbounded);
+  check_per_head(name, layout, {(sizes.n_q + size - 1) / size, (sizes.n_k + size - 1) / size},
                  sizes);
 }
 
@@ -150,6 +161,7 @@ void check_integers(const char* name, const at::Tensor& tensor) {
 
 void check_key_lists(const at::Tensor& indices, const at::Tensor* counts,
                      const PatternSizes& sizes) {
+  check_pattern_tensor("indices", indices, sizes);
   check_integers("indices", indices);
   TORCH_CHECK_VALUE(indices.dim() >= 2,
                     "sparse_attn: expected indices of shape (batch or 1, heads or 1, queries, "
@@ -157,6 +169,7 @@ void check_key_lists(const at::Tensor& indices, const at::Tensor* counts,
                     indices.sym_sizes());
   check_per_head("indices", indices, {sizes.n_q, indices.sym_size(-1)}, sizes);
   if (!counts) return;
+  check_pattern_tensor("counts", *counts, sizes);
   check_integers("counts", *counts);
   check_per_head("counts", *counts, {sizes.n_q}, sizes);
 }
@@ -170,10 +183,6 @@ void check_pattern_tensors(const Expression& pattern, const OptionalTensors& giv
   TORCH_CHECK_VALUE(tensors.size() == expected,
                     "sparse_attn: expected pattern_tensors to hold the ", expected,
                     " tensors that pattern takes, got ", tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    check_kind("pattern_tensors", tensor);
-    if (sizes.query) check_same_place("pattern_tensors", tensor, *sizes.query);
-  }
   for (const Expression* user : tensor_users(pattern)) {
     const auto first = static_cast<std::size_t>(user->tensor);
     if (user->word == Word::kBlockLayout) {

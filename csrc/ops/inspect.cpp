@@ -29,10 +29,21 @@ bool pattern_causal(at::IntArrayRef pattern) { return is_causal(check_pattern(pa
 class Inspected {
  public:
   Inspected(at::IntArrayRef words, const OptionalTensors& given, std::int64_t n_q, std::int64_t n_k,
-            const c10::SymInt* heads = nullptr)
+            std::optional<std::int64_t> heads = std::nullopt)
       : pattern_(check_pattern(words)), sizes_(check_sizes(n_q, n_k)) {
-    check_pattern_tensors(pattern_, given, {n_q, n_k, nullptr, heads, nullptr});
-    tensors_ = PatternTensors(pattern_, given);
+    std::vector<at::Tensor> here;  // wherever they are, they are read here
+    for (const at::Tensor& tensor : given.value_or(at::ArrayRef<at::Tensor>())) {
+      TORCH_CHECK_VALUE(!tensor.is_meta(),
+                        "sparse_attn: expected tensors with data to inspect a pattern, got one on "
+                        "device meta");
+      here.push_back(tensor.cpu());
+    }
+    check_pattern_tensors(pattern_, OptionalTensors(here), {n_q, n_k});
+    tensors_ = PatternTensors(pattern_, OptionalTensors(here));
+    const c10::SymInt examples = batch(),
+                      of_all = heads.value_or(std::lcm(patterns(), heads_of_tensors()));
+    const std::vector<at::Tensor> tensors = tensors_.tensors();
+    check_pattern_tensors(pattern_, OptionalTensors(tensors), {n_q, n_k, &examples, &of_all});
   }
 
   Sizes sizes() const { return sizes_; }
@@ -71,8 +82,7 @@ class Inspected {
 /// the pattern has examples.
 at::Tensor pattern_mask(at::IntArrayRef words, OptionalTensors given, std::int64_t n_q,
                         std::int64_t n_k, std::optional<std::int64_t> heads) {
-  const c10::SymInt head_count = heads.value_or(1);
-  const Inspected pattern(words, given, n_q, n_k, heads ? &head_count : nullptr);
+  const Inspected pattern(words, given, n_q, n_k, heads);
   TORCH_CHECK_VALUE(heads || (pattern.patterns() == 1 && pattern.heads_of_tensors() == 1),
                     "sparse_attn: expected heads for the mask of a pattern that differs among "
                     "heads, got None");

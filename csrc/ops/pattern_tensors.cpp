@@ -5,9 +5,12 @@
 namespace sparse_attn {
 namespace {
 
-/// Adds the leading dimensions that were left out, up to `rank`.
+/// Adds the leading dimensions that were left out, up to `rank`; those that only repeat become 1.
 at::Tensor with_rank(at::Tensor tensor, std::int64_t rank) {
   while (tensor.dim() < rank) tensor = tensor.unsqueeze(0);
+  for (const int dim : {0, 1}) {
+    if (tensor.stride(dim) == 0 && tensor.size(dim) > 1) tensor = tensor.narrow(dim, 0, 1);
+  }
   return tensor.contiguous();
 }
 
@@ -24,6 +27,12 @@ PatternTensors::PatternTensors(const Expression& pattern, const OptionalTensors&
     tensors_.push_back({with_rank(tensor.to(at::kLong), 4), tensor.size(-1)});
     if (user->values[0]) tensors_.push_back({with_rank((*given)[first + 1].to(at::kLong), 3), 1});
   }
+}
+
+std::vector<at::Tensor> PatternTensors::tensors() const {
+  std::vector<at::Tensor> all;
+  for (const OneTensor& tensor : tensors_) all.push_back(tensor.data);
+  return all;
 }
 
 std::vector<PatternTensor> PatternTensors::slices(std::int64_t example, std::int64_t head) const {

@@ -15,6 +15,9 @@ class PatternTensors {
   PatternTensors() = default;
   PatternTensors(const Expression& pattern, const OptionalTensors& given);
 
+  /// All of them, with batch and heads (1 where they are alike).
+  std::vector<at::Tensor> tensors() const;
+
   /// Of each tensor the slice for one example and head, in the order of the pattern.
   std::vector<PatternTensor> slices(std::int64_t example, std::int64_t head) const;
 

@@ -11,6 +11,11 @@ namespace sparse_attn {
 /// The mathematical floor of a / b for b > 0.
 inline std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b < 0); }
 
+/// The number of blocks that `n` tokens make, the last one maybe partial; n >= 0, any block > 0.
+inline std::int64_t block_count(std::int64_t n, std::int64_t block) {
+  return n / block + (n % block != 0);
+}
+
 /// The blocks [first, last] that the tokens of a set lie in. A token at a negative position lies in
 /// none.
 struct BlockRange {

@@ -63,7 +63,7 @@ Terms periodic_keys(std::int64_t period, std::int64_t count, std::int64_t n_k) {
 
 /// The tokens of the first and of the last blocks.
 TokenList edge_tokens(const Values& v, std::int64_t n_k) {
-  const std::int64_t block = v[0], blocks = (n_k - 1) / block + 1;
+  const std::int64_t block = v[0], blocks = block_count(n_k, block);
   const std::int64_t first = std::min(v[1], blocks), last = std::min(v[2], blocks - first);
   TokenList tokens;
   for (std::int64_t t = 0; t < n_k; ++t) {
@@ -86,8 +86,13 @@ Terms radial(std::int64_t radius, Sizes sizes) {
 }
 
 Terms random_blocks(const Values& v, Sizes sizes) {
-  if (v[0] == 0) return nothing();
-  return one<RandomBlocks>(v[0], v[1], static_cast<std::uint64_t>(v[2]), sizes.offset(), sizes.n_k);
+  const std::int64_t count = v[0], block = v[1];
+  if (count == 0) return nothing();
+  if (count >= block_count(sizes.n_k, block)) {  // all, as if there were one block
+    return one<BlockWindow>(std::max<std::int64_t>(sizes.n_k, 1), 0, 0);
+  }
+  return one<RandomBlocks>(count, block, static_cast<std::uint64_t>(v[2]), sizes.offset(),
+                           sizes.n_k);
 }
 
 Terms random_tokens(const Values& v) {

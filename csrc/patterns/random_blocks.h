@@ -13,13 +13,13 @@ namespace sparse_attn {
 
 class RandomBlocks final : public Primitive {
  public:
-  /// Draws for the positions [first_position, n_k).
+  /// Draws for the positions [first_position, n_k); there are more than `count` blocks.
   RandomBlocks(std::int64_t count, std::int64_t block, std::uint64_t seed,
                std::int64_t first_position, std::int64_t n_k)
       : block_(block), first_row_(std::max<std::int64_t>(first_position, 0) / block) {
-    const std::int64_t blocks = (n_k + block - 1) / block;
+    const std::int64_t blocks = block_count(n_k, block);
     for (std::int64_t row = first_row_; row < blocks; ++row) {
-      drawn_.push_back(draw(std::min(count, blocks), blocks, seed, row));
+      drawn_.push_back(draw(count, blocks, seed, row));
     }
   }
 

@@ -24,8 +24,8 @@ constexpr std::int32_t kNothing = -2;  // a mask that allows no pair
 /// one in so many is listed.
 constexpr std::int64_t kListedPair = 7;
 
-/// Beyond so many pairs (256 MiB) tiles that others resemble stay tiles.
-constexpr std::size_t kMostListed = std::size_t{1} << 26;
+/// Beyond so many pairs (256 MiB) tiles that others resemble stay tiles; beyond a gigabyte, all.
+constexpr std::size_t kMostListed = std::size_t{1} << 26, kMostOfAll = std::size_t{1} << 28;
 
 std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
@@ -255,10 +255,10 @@ class Builder {
     }
     ++plan_.unique;
     const Mask mask = mask_of(layer, keys);
-    if (is_sparse(mask, keys)) {
+    if (loose_.size() < kMostOfAll && is_sparse(mask, keys)) {
       list(mask, keys);
-    } else {
-      emit(key_tile, 1, add_mask(mask, keys));
+    } else if (const std::int32_t id = add_mask(mask, keys); id != kNothing) {
+      emit(key_tile, 1, id);
     }
   }
 

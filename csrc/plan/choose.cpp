@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "patterns/block_window.h"
 #include "plan/plan.h"
 
 namespace sparse_attn {
@@ -50,7 +51,7 @@ double time_of(const Plan& plan) {
 /// The side of a tile that blocks fill without a rest, or 0.
 int side_for(std::int64_t block) {
   if (block <= kMaxTile) return block < 16 ? 0 : static_cast<int>(block);
-  const std::int64_t parts = (block + kMaxTile - 1) / kMaxTile;
+  const std::int64_t parts = block_count(block, kMaxTile);
   return block % parts == 0 ? static_cast<int>(block / parts) : 0;
 }
 

@@ -4,16 +4,15 @@ import torch
 import torch.nn.functional as F
 
 
-def shifted(x: torch.Tensor, down: int, right: int, fill: int = 0) -> torch.Tensor:
-    """x (..., rows, columns) with `x[i - down, j - right]` at (i, j) and `fill` from outside."""
-    rows, columns = x.shape[-2:]
-    padded = F.pad(x, (1, 1, 1, 1), value=fill)
-    return padded[..., 1 - down : 1 - down + rows, 1 - right : 1 - right + columns]
-
-
 def neighbors(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The pixels left, above, and above left; at an edge the nearest one of them that exists."""
-    left, up, corner = (shifted(pixels, *offset) for offset in ((0, 1), (1, 0), (1, 1)))
+    """The pixels left, above, and above left; at an edge the nearest one of them that exists.
+
+    Nothing comes before the first pixel: its neighbors are 0.
+    """
+    rows, columns = pixels.shape[-2:]
+    padded = F.pad(pixels, (1, 0, 1, 0))
+    left, up = padded[..., 1:, :columns].clone(), padded[..., :rows, 1:].clone()
+    corner = padded[..., :rows, :columns].clone()
     left[..., 0] = corner[..., 0] = up[..., 0]
     up[..., 0, :] = corner[..., 0, :] = left[..., 0, :]
     return left, up, corner

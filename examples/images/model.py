@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from images.coding import residuals, shifted
+from images.coding import residuals
 from sparse_attn import Causal, Pattern, PerHead, SparseTransformerBlock, Strided
 
 LEVELS = 256
-OUTSIDE = 256  # stands for a neighbor that the image does not have
-# Rows down and columns right, of pixels that come before in raster order.
-BEFORE = ((0, 1), (1, 1), (1, 0), (1, -1))
+START = 256  # stands for what comes before the first pixel
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ class ImageModel(nn.Module):
     """Pixels (B, side, side) to the logits (B, side², 256) of each residual, given all pixels
     before it in raster order.
 
-    A pixel enters as the gray level to its left, the residuals of its four neighbors that come
-    before, and its row and column (section 5.3).
+    Each position is given the gray level and the residual of the pixel before it, its row and its
+    column (section 5.3); all else comes through attention.
     """
 
     def __init__(self, config: Config):
@@ -61,7 +59,7 @@ class ImageModel(nn.Module):
         self.config = config
         width = config.width
         self.level = nn.Embedding(LEVELS + 1, width)
-        self.residuals = nn.ModuleList(nn.Embedding(LEVELS + 1, width) for _ in BEFORE)
+        self.residual = nn.Embedding(LEVELS + 1, width)
         self.row = nn.Embedding(config.side, width)
         self.column = nn.Embedding(config.side, width)
         self.blocks = nn.ModuleList(
@@ -88,12 +86,11 @@ class ImageModel(nn.Module):
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, side², width), each position from the pixels before it alone."""
-        x = self.row.weight[:, None] + self.column.weight
-        x = x + self.level(shifted(pixels, 0, 1, OUTSIDE))
-        coded = residuals(pixels)
-        for table, offset in zip(self.residuals, BEFORE, strict=True):
-            x = x + table(shifted(coded, *offset, OUTSIDE))
-        return x.flatten(1, 2)
+        place = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
+        tables = ((self.level, pixels), (self.residual, residuals(pixels)))
+        return place + sum(
+            table(F.pad(values.flatten(1)[:, :-1], (1, 0), value=START)) for table, values in tables
+        )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = self.embed(pixels)

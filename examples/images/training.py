@@ -15,9 +15,9 @@ class Settings:
     """What decides the numbers of a run, besides the shape of the model and the images."""
 
     batch: int = 1
-    steps: int = 600
+    steps: int = 800
     minutes: float | None = None
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     seed: int = 0
 
 

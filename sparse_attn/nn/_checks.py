@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sparse_attn.patterns.arguments import index
+
 
 def check_heads(embed_dim: int, num_heads: int) -> None:
-    """Raise ValueError unless the heads divide the channels among them."""
-    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+    """Raise unless both are ints and the heads divide the channels among them."""
+    embed_dim, num_heads = index("embed_dim", embed_dim, 1), index("num_heads", num_heads, 1)
+    if embed_dim % num_heads:
         raise ValueError(
             "sparse_attn: expected embed_dim to be a multiple of num_heads, got "
             f"{embed_dim} and {num_heads}"

@@ -20,7 +20,8 @@ class SparseSelfAttention(nn.Module):
     Args:
         embed_dim: Channels of query, key, value and output.
         num_heads: Number of heads; divides embed_dim.
-        pattern: Who sees whom; a `PerHead` for heads that differ.
+        pattern: Who sees whom; a `PerHead` for heads that differ. It is no parameter: tensors that
+            it holds (`BlockLayout`) stay on their device.
         dropout: Dropout of the attention probabilities in training. Not built yet: training with a
             value above 0 raises NotImplementedError.
         bias: Whether the projections have biases.

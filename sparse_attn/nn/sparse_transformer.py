@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.patterns import Pattern
+from sparse_attn.patterns.arguments import index
 
 
 class SparseTransformerBlock(nn.Module):
@@ -36,7 +37,8 @@ class SparseTransformerBlock(nn.Module):
         mlp_ratio: Channels between the two matrices of the feed-forward layer, as a multiple of
             embed_dim.
         recompute: In training, keep only the block's input for the backward pass and compute the
-            rest again (section 5.4). The numbers stay the same, bit for bit.
+            rest again (section 5.4). The numbers stay the same, bit for bit, as long as the tensors
+            of a pattern that holds some (`BlockLayout`) are not edited in between.
         dropout: Dropout at the end of each of the two residual branches, in training.
         bias: Whether the matrices and the norms have biases.
         causal: Intersect the pattern with `Causal()`.
@@ -75,8 +77,7 @@ class SparseTransformerBlock(nn.Module):
         super().__init__()
         check_heads(embed_dim, num_heads)
         check_dropout(dropout)
-        if num_layers < 1:
-            raise ValueError(f"sparse_attn: expected num_layers of at least 1, got {num_layers}")
+        num_layers = index("num_layers", num_layers, 1)
         if not (math.isfinite(mlp_ratio) and mlp_ratio * embed_dim >= 1):
             raise ValueError(
                 "sparse_attn: expected mlp_ratio to give at least 1 channel, got "

@@ -181,9 +181,10 @@ class Pattern:
         (8339200, 1.12)
         """
         sizes = check_sizes(n_q, n_k)
-        if tile is not None and (not isinstance(tile, Iterable) or len(tuple(tile)) != 2):
-            raise ValueError(f"sparse_attn: expected tile to be (rows, keys), got {tile!r}")
+        head_dim = index("head_dim", head_dim, 1)
         sides = None if tile is None else [index("tile", side, 1) for side in tile]
+        if sides is not None and len(sides) != 2:
+            raise ValueError(f"sparse_attn: expected tile to be (rows, keys), got {tile!r}")
         pairs, visited, *_, heads = ops._pattern_cost(
             self.encode(), self.tensors(*sizes), *sizes, sides
         )

@@ -149,10 +149,11 @@ class RandomTokens(Pattern):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.keep_prob, (int, float)):
+        if not hasattr(self.keep_prob, "__float__"):
             raise TypeError(
                 f"sparse_attn: expected keep_prob to be a number, got {self.keep_prob!r}"
             )
+        object.__setattr__(self, "keep_prob", float(self.keep_prob))
         if not 0.0 <= self.keep_prob <= 1.0:  # NaN neither
             raise ValueError(f"sparse_attn: expected keep_prob in [0, 1], got {self.keep_prob}")
         object.__setattr__(self, "seed", seed(self.seed))
