@@ -188,7 +188,8 @@ void check_pattern_tensors(const Expression& pattern, const OptionalTensors& giv
     if (user->word == Word::kBlockLayout) {
       check_layout(tensors[first], user->values[0], sizes);
     } else {
-      check_key_lists(tensors[first], user->values[0] ? &tensors[first + 1] : nullptr, sizes);
+      check_key_lists(tensors[first], own_tensors(*user) > 1 ? &tensors[first + 1] : nullptr,
+                      sizes);
     }
   }
 }

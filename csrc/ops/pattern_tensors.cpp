@@ -25,7 +25,8 @@ PatternTensors::PatternTensors(const Expression& pattern, const OptionalTensors&
       continue;
     }
     tensors_.push_back({with_rank(tensor.to(at::kLong), 4), tensor.size(-1)});
-    if (user->values[0]) tensors_.push_back({with_rank((*given)[first + 1].to(at::kLong), 3), 1});
+    if (own_tensors(*user) > 1)
+      tensors_.push_back({with_rank((*given)[first + 1].to(at::kLong), 3), 1});
   }
 }
 
@@ -50,9 +51,8 @@ std::int64_t PatternTensors::largest(const Expression& part, int dim) const {
   std::int64_t most = 1;
   for (const Expression* user : tensor_users(part)) {
     const auto first = static_cast<std::size_t>(user->tensor);
-    const std::size_t count = user->word == Word::kKeyLists && user->values[0] ? 2 : 1;
-    for (std::size_t i = first; i < first + count; ++i)
-      most = std::max(most, tensors_[i].data.size(dim));
+    const std::size_t end = first + static_cast<std::size_t>(own_tensors(*user));
+    for (std::size_t i = first; i < end; ++i) most = std::max(most, tensors_[i].data.size(dim));
   }
   return most;
 }

@@ -109,7 +109,7 @@ Terms block_layout(const Expression& e, Sizes sizes, const PatternTensor* tensor
 
 Terms key_lists(const Expression& e, Sizes sizes, const PatternTensor* tensors) {
   const PatternTensor& indices = tensors[e.tensor];
-  const void* counts = e.values[0] ? tensors[e.tensor + 1].data : nullptr;
+  const void* counts = own_tensors(e) > 1 ? tensors[e.tensor + 1].data : nullptr;
   return one<KeyLists>(static_cast<const std::int64_t*>(indices.data),
                        static_cast<const std::int64_t*>(counts), indices.columns, sizes.n_q,
                        sizes.n_k);

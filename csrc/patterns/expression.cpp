@@ -57,12 +57,6 @@ bool joins(Word word) {
   return word == Word::kUnion || word == Word::kIntersection || word == Word::kPerHead;
 }
 
-/// The tensors that an elementary pattern takes itself.
-int own_tensors(const Expression& e) {
-  if (e.word == Word::kBlockLayout) return 1;
-  return e.word == Word::kKeyLists ? 1 + static_cast<int>(e.values[0] != 0) : 0;
-}
-
 class Parser {
  public:
   Parser(const std::int64_t* words, std::int64_t count) : next_(words), end_(words + count) {}
@@ -147,6 +141,11 @@ class Parser {
 };
 
 }  // namespace
+
+int own_tensors(const Expression& e) {
+  if (e.word == Word::kBlockLayout) return 1;
+  return e.word == Word::kKeyLists ? 1 + static_cast<int>(e.values[0] != 0) : 0;
+}
 
 std::int64_t keys_needed(std::int64_t token) { return token < 0 ? -token : token + 1; }
 

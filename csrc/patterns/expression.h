@@ -63,7 +63,9 @@ Expression parse(const std::int64_t* words, std::int64_t count);
 /// The inverse of `parse`.
 Words encode(const Expression& expression);
 
-/// How many tensors it takes, and the expressions that take them, in order.
+/// How many tensors an elementary pattern takes itself, how many the whole expression does, and the
+/// expressions that take them, in order.
+int own_tensors(const Expression& elementary);
 int tensor_count(const Expression& expression);
 std::vector<const Expression*> tensor_users(const Expression& expression);
 

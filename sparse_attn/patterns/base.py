@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from sparse_attn._library import ops
+from sparse_attn.patterns import words
 from sparse_attn.patterns.arguments import check_sizes, index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from sparse_attn.patterns.receptive_field import ReceptiveField
-
-# The words of csrc/patterns/expression.h.
-_UNION, _INTERSECTION, _PER_HEAD = 4, 5, 6
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,14 @@ class Pattern:
 
     def _expression(self) -> str:
         """The call that makes it, without the arguments that are at their defaults."""
-        words = []
+        arguments = []
         for parameter in fields(self):
             value = getattr(self, parameter.name) if parameter.init else MISSING
             if value is MISSING or value == parameter.default:
                 continue
             required = parameter.default is MISSING
-            words.append(repr(value) if required else f"{parameter.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(words)})"
+            arguments.append(repr(value) if required else f"{parameter.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def __repr__(self) -> str:
         return self._expression()
@@ -300,6 +298,30 @@ def check_pattern(pattern: object) -> None:
         )
 
 
+def _check_list(name: str, patterns: object, nested: str) -> tuple[Pattern, ...]:
+    """The patterns of a sequence, none of them a PerHead: `nested` says how one was met."""
+    if isinstance(patterns, Pattern) or not isinstance(patterns, Iterable):
+        raise TypeError(
+            f"sparse_attn: expected {name} to be a sequence of patterns, got {patterns!r}"
+        )
+    patterns = tuple(patterns)
+    if not patterns:
+        raise ValueError(f"sparse_attn: expected {name} to hold at least one pattern, got none")
+    for pattern in patterns:
+        check_pattern(pattern)
+        if isinstance(pattern, PerHead):
+            raise ValueError(f"sparse_attn: expected PerHead to be outermost, got {nested}")
+    return patterns
+
+
+def _encode_all(patterns: Sequence[Pattern]) -> tuple[int, ...]:
+    return (len(patterns), *(word for pattern in patterns for word in pattern.encode()))
+
+
+def _tensors_of_all(patterns: Sequence[Pattern], n_q: int, n_k: int) -> tuple[Tensor, ...]:
+    return tuple(tensor for pattern in patterns for tensor in pattern.tensors(n_q, n_k))
+
+
 def combine(kind: type[Union] | type[Intersection], a: Pattern, b: Pattern) -> Pattern:
     """a and b joined; joins of one kind are flattened, and a PerHead is joined head by head."""
     if isinstance(a, PerHead) or isinstance(b, PerHead):
@@ -321,28 +343,12 @@ class _Join(Pattern):
     parts: tuple[Pattern, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.parts, Pattern) or not isinstance(self.parts, Iterable):
-            raise TypeError(
-                f"sparse_attn: expected parts to be a sequence of patterns, got {self.parts!r}"
-            )
-        parts = tuple(self.parts)
-        if not parts:
-            raise ValueError("sparse_attn: expected parts to hold at least one pattern, got none")
-        for part in parts:
-            check_pattern(part)
-            if isinstance(part, PerHead):
-                raise ValueError(
-                    "sparse_attn: expected PerHead to be outermost, got it as a part; join "
-                    "patterns with | and & instead"
-                )
-        object.__setattr__(self, "parts", parts)
+        nested = "it as a part; join patterns with | and & instead"
+        object.__setattr__(self, "parts", _check_list("parts", self.parts, nested))
         super().__post_init__()
 
-    def _joined(self) -> tuple[int, ...]:
-        return (len(self.parts), *(word for part in self.parts for word in part.encode()))
-
     def tensors(self, n_q: int, n_k: int) -> tuple[Tensor, ...]:
-        return tuple(tensor for part in self.parts for tensor in part.tensors(n_q, n_k))
+        return _tensors_of_all(self.parts, n_q, n_k)
 
     @property
     def heads(self) -> int:
@@ -358,7 +364,7 @@ class Union(_Join):
     """
 
     def _encode(self) -> tuple[int, ...]:
-        return (_UNION, *self._joined())
+        return (words.UNION, *_encode_all(self.parts))
 
     def _expression(self) -> str:
         return " | ".join(repr(part) for part in self.parts)
@@ -373,7 +379,7 @@ class Intersection(_Join):
     """
 
     def _encode(self) -> tuple[int, ...]:
-        return (_INTERSECTION, *self._joined())
+        return (words.INTERSECTION, *_encode_all(self.parts))
 
     def _expression(self) -> str:
         return " & ".join(
@@ -399,32 +405,18 @@ class PerHead(Pattern):
     patterns: Sequence[Pattern]
 
     def __post_init__(self) -> None:
-        if isinstance(self.patterns, Pattern) or not isinstance(self.patterns, Iterable):
-            raise TypeError(
-                "sparse_attn: expected patterns to be a sequence of patterns, got "
-                f"{self.patterns!r}"
-            )
-        patterns = tuple(self.patterns)
-        if not patterns:
-            raise ValueError("sparse_attn: expected patterns to hold at least one, got none")
-        for pattern in patterns:
-            check_pattern(pattern)
-            if isinstance(pattern, PerHead):
-                raise ValueError(
-                    "sparse_attn: expected PerHead to be outermost, got one inside another"
-                )
+        patterns = _check_list("patterns", self.patterns, nested="one inside another")
         object.__setattr__(self, "patterns", patterns)
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        words = (word for pattern in self.patterns for word in pattern.encode())
-        return (_PER_HEAD, len(self.patterns), *words)
+        return (words.PER_HEAD, *_encode_all(self.patterns))
 
     def _expression(self) -> str:
         return f"PerHead([{', '.join(map(repr, self.patterns))}])"
 
     def tensors(self, n_q: int, n_k: int) -> tuple[Tensor, ...]:
-        return tuple(tensor for part in self.patterns for tensor in part.tensors(n_q, n_k))
+        return _tensors_of_all(self.patterns, n_q, n_k)
 
     @property
     def heads(self) -> int:

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_attn.patterns import words
 from sparse_attn.patterns.arguments import index, seed, word
 from sparse_attn.patterns.base import Pattern
-
-# The words of csrc/patterns/expression.h.
-_UNION, _EDGE_KEYS, _EDGE_QUERIES, _BLOCK_WINDOW, _CHECKERBOARD, _RANDOM_BLOCKS = (
-    4,
-    8,
-    9,
-    10,
-    11,
-    13,
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,7 +31,7 @@ class LocalBlocks(Pattern):
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        return (_BLOCK_WINDOW, word(self.block), 0, 0)
+        return (words.BLOCK_WINDOW, word(self.block), 0, 0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +56,7 @@ class Checkerboard(Pattern):
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        return (_CHECKERBOARD, word(self.block))
+        return (words.CHECKERBOARD, word(self.block))
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +92,7 @@ class RandomBlocks(Pattern):
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        return (_RANDOM_BLOCKS, word(self.blocks_per_row), word(self.block), self.seed)
+        return (words.RANDOM_BLOCKS, word(self.blocks_per_row), word(self.block), self.seed)
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,9 +131,9 @@ class BigBird(Pattern):
     def _encode(self) -> tuple[int, ...]:
         reach, edge = word(self.window_blocks // 2), word(self.global_blocks)
         return (
-            *(_UNION, 4),
-            *(_BLOCK_WINDOW, word(self.block), reach, reach),
+            *(words.UNION, 4),
+            *(words.BLOCK_WINDOW, word(self.block), reach, reach),
             *RandomBlocks(self.random_blocks, self.block, self.seed).encode(),
-            *(_EDGE_KEYS, word(self.block), edge, edge),
-            *(_EDGE_QUERIES, word(self.block), edge, edge),
+            *(words.EDGE_KEYS, word(self.block), edge, edge),
+            *(words.EDGE_QUERIES, word(self.block), edge, edge),
         )

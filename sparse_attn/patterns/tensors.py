@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_attn.patterns import words
 from sparse_attn.patterns.arguments import index, word
 from sparse_attn.patterns.base import Pattern
-
-# The words of csrc/patterns/expression.h.
-_BLOCK_LAYOUT, _KEY_LISTS = 15, 16
 
 
 def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], least: int) -> None:
@@ -74,7 +72,7 @@ class BlockLayout(_Data):
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        return (_BLOCK_LAYOUT, word(self.block))
+        return (words.BLOCK_LAYOUT, word(self.block))
 
     def tensors(self, n_q: int, n_k: int) -> tuple[Tensor, ...]:
         return (self.layout,)
@@ -113,7 +111,7 @@ class Mask(_Data):
         self.__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        return (_BLOCK_LAYOUT, 1)
+        return (words.BLOCK_LAYOUT, 1)
 
     def tensors(self, n_q: int, n_k: int) -> tuple[Tensor, ...]:
         return (self.dense,)
@@ -159,7 +157,7 @@ class KeyLists(_Data):
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        return (_KEY_LISTS, int(self.counts is not None))
+        return (words.KEY_LISTS, int(self.counts is not None))
 
     def tensors(self, n_q: int, n_k: int) -> tuple[Tensor, ...]:
         return (self.indices,) if self.counts is None else (self.indices, self.counts)
@@ -182,7 +180,7 @@ class _GeneratedLayout(_Data):
     made: dict[int, Tensor] = field(default_factory=dict)
 
     def _encode(self) -> tuple[int, ...]:
-        return (_BLOCK_LAYOUT, word(self.block))
+        return (words.BLOCK_LAYOUT, word(self.block))
 
     def tensors(self, n_q: int, n_k: int) -> tuple[Tensor, ...]:
         if n_q != n_k:

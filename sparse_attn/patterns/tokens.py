@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sparse_attn.patterns import words
 from sparse_attn.patterns.arguments import index, seed, word
 from sparse_attn.patterns.base import Pattern
 
-# The words of csrc/patterns/expression.h.
-_GLOBAL_KEYS, _GLOBAL_QUERIES, _UNION, _EDGE_KEYS, _RANDOM_TOKENS = 2, 3, 4, 8, 14
 _MOST_TOKENS = 2**59  # beyond any tensor; keeps the arithmetic of tokens from overflowing
 
 
@@ -56,7 +55,7 @@ class GlobalKeys(_Tokens):
     """
 
     def _encode(self) -> tuple[int, ...]:
-        return (_GLOBAL_KEYS, *self._runs())
+        return (words.GLOBAL_KEYS, *self._runs())
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +71,7 @@ class GlobalQueries(_Tokens):
     """
 
     def _encode(self) -> tuple[int, ...]:
-        return (_GLOBAL_QUERIES, *self._runs())
+        return (words.GLOBAL_QUERIES, *self._runs())
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,7 +89,8 @@ class Global(_Tokens):
     """
 
     def _encode(self) -> tuple[int, ...]:
-        return (_UNION, 2, _GLOBAL_KEYS, *self._runs(), _GLOBAL_QUERIES, *self._runs())
+        runs = self._runs()
+        return (words.UNION, 2, words.GLOBAL_KEYS, *runs, words.GLOBAL_QUERIES, *runs)
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,7 +121,7 @@ class FirstLast(Pattern):
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        return (_EDGE_KEYS, 1, word(self.first), word(self.last))
+        return (words.EDGE_KEYS, 1, word(self.first), word(self.last))
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,4 +161,4 @@ class RandomTokens(Pattern):
 
     def _encode(self) -> tuple[int, ...]:
         threshold = max(round(self.keep_prob * 2**32), math.ceil(self.keep_prob))
-        return (_RANDOM_TOKENS, threshold, self.seed)
+        return (words.RANDOM_TOKENS, threshold, self.seed)

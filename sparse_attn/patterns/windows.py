@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sparse_attn.patterns import words
 from sparse_attn.patterns.arguments import INFINITE, index, side, word
 from sparse_attn.patterns.base import Pattern
 from sparse_attn.patterns.blocks import LocalBlocks
-
-# The words of csrc/patterns/expression.h.
-_WINDOW, _INTERSECTION, _PERIODIC_KEYS, _RADIAL = 1, 5, 7, 12
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,14 +41,14 @@ class Window(Pattern):
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        return (_WINDOW, word(self.left), word(self.right), word(self.dilation))
+        return (words.WINDOW, word(self.left), word(self.right), word(self.dilation))
 
     def _expression(self) -> str:
         sides = [self.left] if self.left == self.right else [self.left, self.right]
-        words = ["math.inf" if keys == math.inf else str(keys) for keys in sides]
+        arguments = ["math.inf" if keys == math.inf else str(keys) for keys in sides]
         if self.dilation != 1:
-            words.append(f"dilation={self.dilation}")
-        return f"Window({', '.join(words)})"
+            arguments.append(f"dilation={self.dilation}")
+        return f"Window({', '.join(arguments)})"
 
     @classmethod
     def from_longformer(cls, attention_window: int, dilation: int = 1) -> Window:
@@ -93,7 +91,7 @@ class Full(Pattern):
     """
 
     def _encode(self) -> tuple[int, ...]:
-        return (_WINDOW, INFINITE, INFINITE, 1)
+        return (words.WINDOW, INFINITE, INFINITE, 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,7 +103,7 @@ class Causal(Pattern):
     """
 
     def _encode(self) -> tuple[int, ...]:
-        return (_WINDOW, INFINITE, 0, 1)
+        return (words.WINDOW, INFINITE, 0, 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,8 +193,8 @@ class _Summaries(Pattern):
     summary: int
 
     def _encode(self) -> tuple[int, ...]:
-        summaries = (_PERIODIC_KEYS, word(self.stride), word(self.summary))
-        return (_INTERSECTION, 2, *summaries, *Causal().encode())
+        summaries = (words.PERIODIC_KEYS, word(self.stride), word(self.summary))
+        return (words.INTERSECTION, 2, *summaries, *Causal().encode())
 
     def _expression(self) -> str:
         return f"Fixed({self.stride}, {self.summary}).factors[1]"
@@ -228,4 +226,4 @@ class Radial(Pattern):
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
-        return (_RADIAL, word(self.radius))
+        return (words.RADIAL, word(self.radius))

@@ -1,0 +1,18 @@
+"""The words that patterns are encoded in: those of csrc/patterns/expression.h."""
+
+WINDOW = 1
+GLOBAL_KEYS = 2
+GLOBAL_QUERIES = 3
+UNION = 4
+INTERSECTION = 5
+PER_HEAD = 6
+PERIODIC_KEYS = 7
+EDGE_KEYS = 8
+EDGE_QUERIES = 9
+BLOCK_WINDOW = 10
+CHECKERBOARD = 11
+RADIAL = 12
+RANDOM_BLOCKS = 13
+RANDOM_TOKENS = 14
+BLOCK_LAYOUT = 15
+KEY_LISTS = 16
