@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "patterns/pattern.h"
+#include "patterns/rules.h"
 
 namespace sparse_attn {
 
@@ -43,36 +44,44 @@ inline void describe_blocks(const TokenSet& positions, const TokenSet& keys, std
 class BlockWindow final : public PrimitiveBase<BlockWindow> {
  public:
   BlockWindow(std::int64_t block, std::int64_t back, std::int64_t ahead)
-      : block_(block), back_(back), ahead_(ahead) {}
+      : rule_{block, back, ahead} {}
 
   bool contains(std::int64_t position, std::int64_t key) const override {
-    const std::int64_t distance = key / block_ - position / block_;
-    return position >= 0 && -back_ <= distance && distance <= ahead_;
+    return rule_(position, key);
   }
   Cover cover(const TokenSet& positions, const TokenSet& keys) const override {
-    const BlockRange rows(positions, block_), columns(keys, block_);
+    const BlockRange rows(positions, rule_.block), columns(keys, rule_.block);
     const std::int64_t nearest = columns.first - rows.last, furthest = columns.last - rows.first;
-    if (rows.none || furthest < -back_ || nearest > ahead_) return Cover::kNone;
-    return rows.whole && -back_ <= nearest && furthest <= ahead_ ? Cover::kAll : Cover::kSome;
+    if (rows.none || furthest < -rule_.back || nearest > rule_.ahead) return Cover::kNone;
+    return rows.whole && -rule_.back <= nearest && furthest <= rule_.ahead ? Cover::kAll
+                                                                           : Cover::kSome;
   }
   bool signature(const TokenSet& positions, const TokenSet& keys, Signature& out) const override {
-    describe_blocks(positions, keys, block_, out);
+    describe_blocks(positions, keys, rule_.block, out);
     return true;
   }
   PrimitivePtr intersect(const Primitive& other) const override {
     const auto* window = dynamic_cast<const BlockWindow*>(&other);
-    if (!window || window->block_ != block_) return nullptr;
-    return std::make_shared<BlockWindow>(block_, std::min(back_, window->back_),
-                                         std::min(ahead_, window->ahead_));
+    if (!window || window->rule_.block != rule_.block) return nullptr;
+    return std::make_shared<BlockWindow>(rule_.block, std::min(rule_.back, window->rule_.back),
+                                         std::min(rule_.ahead, window->rule_.ahead));
   }
   bool includes(const Primitive& other) const override {
     const auto* window = dynamic_cast<const BlockWindow*>(&other);
-    return window && window->block_ == block_ && back_ >= window->back_ && ahead_ >= window->ahead_;
+    return window && window->rule_.block == rule_.block && rule_.back >= window->rule_.back &&
+           rule_.ahead >= window->rule_.ahead;
   }
-  std::int64_t block() const override { return block_; }
+  std::int64_t block() const override { return rule_.block; }
+
+  Instruction instruction() const override {
+    Instruction step;
+    step.kind = Instruction::Kind::kBlockWindow;
+    step.block_window = rule_;
+    return step;
+  }
 
  private:
-  std::int64_t block_, back_, ahead_;
+  BlockWindowRule rule_;
 };
 
 }  // namespace sparse_attn

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "patterns/pattern.h"
+#include "patterns/rules.h"
 
 namespace sparse_attn {
 
@@ -13,28 +14,28 @@ class BlockLayout final : public Primitive {
   /// `layout` is (blocks of queries, columns), row by row; it must outlive the planning.
   BlockLayout(const std::uint8_t* layout, std::int64_t columns, std::int64_t block,
               std::int64_t offset)
-      : layout_(layout), columns_(columns), block_(block), offset_(offset) {}
+      : rule_{layout, columns, block, offset} {}
 
   bool contains(std::int64_t position, std::int64_t key) const override {
-    return row((position - offset_) / block_)[key / block_] != 0;
+    return rule_(position, key);
   }
   void tile(const TokenSet& positions, const TokenSet& keys, std::uint64_t* words) const override {
     std::int64_t columns[64];
     for (std::int64_t k = 0; k < keys.count; ++k) {
-      columns[k] = keys[k] / block_;
+      columns[k] = keys[k] / rule_.block;
       words[k] = 0;
     }
     for (std::int64_t r = 0; r < positions.count; ++r) {
-      const std::uint8_t* bytes = row((positions[r] - offset_) / block_);
+      const std::uint8_t* bytes = rule_.row(positions[r]);
       for (std::int64_t k = 0; k < keys.count; ++k)
         words[k] |= static_cast<std::uint64_t>(bytes[columns[k]] != 0) << r;
     }
   }
   Cover cover(const TokenSet& positions, const TokenSet& keys) const override {
-    const std::int64_t first = keys.first() / block_;
-    const auto count = static_cast<std::size_t>(keys.last() / block_ - first + 1);
-    const std::int64_t last_row = (positions.last() - offset_) / block_;
-    std::int64_t r = (positions.first() - offset_) / block_;
+    const std::int64_t first = keys.first() / rule_.block;
+    const auto count = static_cast<std::size_t>(keys.last() / rule_.block - first + 1);
+    const std::int64_t last_row = (positions.last() - rule_.offset) / rule_.block;
+    std::int64_t r = (positions.first() - rule_.offset) / rule_.block;
     const bool all = row(r)[first] != 0;
     for (; r <= last_row; ++r) {
       if (!uniform(row(r) + first, count) || (row(r)[first] != 0) != all) return Cover::kSome;
@@ -42,18 +43,18 @@ class BlockLayout final : public Primitive {
     return all ? Cover::kAll : Cover::kNone;
   }
   bool signature(const TokenSet&, const TokenSet&, Signature&) const override { return false; }
-  std::int64_t block() const override { return block_; }
+  std::int64_t block() const override { return rule_.block; }
 
  private:
-  const std::uint8_t* row(std::int64_t r) const { return layout_ + r * columns_; }
+  /// Of a row of blocks.
+  const std::uint8_t* row(std::int64_t r) const { return rule_.layout + r * rule_.columns; }
 
   /// Compares the bytes with themselves shifted by one: memcmp is vectorized in every libc.
   static bool uniform(const std::uint8_t* bytes, std::size_t count) {
     return std::memcmp(bytes, bytes + 1, count - 1) == 0;
   }
 
-  const std::uint8_t* layout_;
-  std::int64_t columns_, block_, offset_;
+  LayoutRule rule_;
 };
 
 }  // namespace sparse_attn

@@ -4,7 +4,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <vector>
+
+#include "patterns/instruction.h"
 
 namespace sparse_attn {
 
@@ -76,6 +79,11 @@ class Primitive {
   virtual const std::vector<std::int64_t>* key_list() const { return nullptr; }
   virtual const std::vector<std::int64_t>* position_list() const { return nullptr; }
   virtual const Lists* lists() const { return nullptr; }
+
+  /// Its rule for kernels. What reads tensors, and unions, have none: program.cpp writes theirs.
+  virtual Instruction instruction() const {
+    throw std::logic_error("expected an elementary pattern without tensors");
+  }
 };
 
 /// Derives tile() from a pattern's inlined `contains`.

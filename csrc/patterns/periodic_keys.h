@@ -12,25 +12,28 @@ namespace sparse_attn {
 class PeriodicKeys final : public Primitive {
  public:
   PeriodicKeys(std::int64_t period, std::int64_t count, std::int64_t n_k)
-      : period_(period), first_(period - count) {
-    for (std::int64_t start = first_; start < n_k; start += period) {
+      : rule_{period, period - count} {
+    for (std::int64_t start = rule_.first; start < n_k; start += period) {
       for (std::int64_t t = start; t < std::min(start + count, n_k); ++t) tokens_.push_back(t);
       if (period > n_k) break;  // and the sum might overflow
     }
   }
 
-  bool contains(std::int64_t, std::int64_t key) const override { return key % period_ >= first_; }
+  bool contains(std::int64_t position, std::int64_t key) const override {
+    return rule_(position, key);
+  }
   void tile(const TokenSet&, const TokenSet& keys, std::uint64_t* words) const override {
     for (std::int64_t k = 0; k < keys.count; ++k)
       words[k] = contains(0, keys[k]) ? ~std::uint64_t{0} : 0;
   }
   Cover cover(const TokenSet&, const TokenSet& keys) const override {
     if (keys.list) return cover_of(tokens_, keys);
-    const std::int64_t first = keys.first() % period_, reach = first + keys.last() - keys.first();
-    if (keys.step % period_ == 0 || keys.count == 1)
-      return first >= first_ ? Cover::kAll : Cover::kNone;
-    if (reach < first_) return Cover::kNone;
-    return first >= first_ && reach < period_ ? Cover::kAll : Cover::kSome;
+    const std::int64_t first = keys.first() % rule_.period,
+                       reach = first + keys.last() - keys.first();
+    if (keys.step % rule_.period == 0 || keys.count == 1)
+      return first >= rule_.first ? Cover::kAll : Cover::kNone;
+    if (reach < rule_.first) return Cover::kNone;
+    return first >= rule_.first && reach < rule_.period ? Cover::kAll : Cover::kSome;
   }
   bool signature(const TokenSet&, const TokenSet& keys, Signature& out) const override {
     std::uint64_t bits = 0;
@@ -41,12 +44,19 @@ class PeriodicKeys final : public Primitive {
   }
   bool includes(const Primitive& other) const override {
     const auto* keys = dynamic_cast<const PeriodicKeys*>(&other);
-    return keys && keys->period_ == period_ && keys->first_ >= first_;
+    return keys && keys->rule_.period == rule_.period && keys->rule_.first >= rule_.first;
   }
   const TokenList* key_list() const override { return &tokens_; }
 
+  Instruction instruction() const override {
+    Instruction step;
+    step.kind = Instruction::Kind::kPeriodic;
+    step.periodic = rule_;
+    return step;
+  }
+
  private:
-  std::int64_t period_, first_;  // keys from first_ on in each period
+  PeriodicRule rule_;
   TokenList tokens_;
 };
 

@@ -7,7 +7,7 @@
 
 #include "patterns/block_window.h"
 #include "patterns/pattern.h"
-#include "random.h"
+#include "patterns/rules.h"
 
 namespace sparse_attn {
 
@@ -16,17 +16,18 @@ class RandomBlocks final : public Primitive {
   /// Draws for the positions [first_position, n_k); there are more than `count` blocks.
   RandomBlocks(std::int64_t count, std::int64_t block, std::uint64_t seed,
                std::int64_t first_position, std::int64_t n_k)
-      : block_(block), first_row_(std::max<std::int64_t>(first_position, 0) / block) {
+      : count_(count),
+        block_(block),
+        first_row_(std::max<std::int64_t>(first_position, 0) / block) {
     const std::int64_t blocks = block_count(n_k, block);
     for (std::int64_t row = first_row_; row < blocks; ++row) {
-      drawn_.push_back(draw(count, blocks, seed, row));
+      const std::vector<std::int64_t> chosen = draw(count, blocks, seed, row);
+      drawn_.insert(drawn_.end(), chosen.begin(), chosen.end());
     }
   }
 
   bool contains(std::int64_t position, std::int64_t key) const override {
-    if (position < 0) return false;
-    const std::vector<std::int64_t>& row = drawn(position / block_);
-    return std::binary_search(row.begin(), row.end(), key / block_);
+    return rule()(position, key);
   }
   void tile(const TokenSet& positions, const TokenSet& keys, std::uint64_t* words) const override {
     for (std::int64_t k = 0; k < keys.count; ++k) {
@@ -44,9 +45,9 @@ class RandomBlocks final : public Primitive {
     if (rows.none) return Cover::kNone;
     bool any = false, all = rows.whole;
     for (std::int64_t b = rows.first; b <= rows.last && !(any && !all); ++b) {
-      const std::vector<std::int64_t>& row = drawn(b);
-      const auto hits = std::upper_bound(row.begin(), row.end(), columns.last) -
-                        std::lower_bound(row.begin(), row.end(), columns.first);
+      const std::int64_t *row = drawn(b), *end = row + count_;
+      const auto hits =
+          std::upper_bound(row, end, columns.last) - std::lower_bound(row, end, columns.first);
       any = any || hits > 0;
       all = all && hits == columns.last - columns.first + 1;
     }
@@ -59,9 +60,21 @@ class RandomBlocks final : public Primitive {
   }
   std::int64_t block() const override { return block_; }
 
+  Instruction instruction() const override {
+    Instruction step;
+    step.kind = Instruction::Kind::kRandomBlocks;
+    step.random_blocks = rule();
+    return step;
+  }
+
  private:
-  const std::vector<std::int64_t>& drawn(std::int64_t row) const {
-    return drawn_[static_cast<std::size_t>(row - first_row_)];
+  RandomBlocksRule rule() const {
+    return {drawn_.data(), static_cast<std::int64_t>(drawn_.size()) / count_, count_, first_row_,
+            block_};
+  }
+
+  const std::int64_t* drawn(std::int64_t row) const {
+    return drawn_.data() + (row - first_row_) * count_;
   }
 
   /// `count` of the numbers below `blocks`, every set alike: Floyd's algorithm (Bentley and Floyd
@@ -84,8 +97,8 @@ class RandomBlocks final : public Primitive {
     return chosen;
   }
 
-  std::int64_t block_, first_row_;
-  std::vector<std::vector<std::int64_t>> drawn_;  // for each block of queries, ascending
+  std::int64_t count_, block_, first_row_;
+  std::vector<std::int64_t> drawn_;  // for each block of queries `count` blocks, ascending
 };
 
 }  // namespace sparse_attn

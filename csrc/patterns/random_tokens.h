@@ -3,25 +3,26 @@
 #pragma once
 
 #include "patterns/pattern.h"
-#include "random.h"
+#include "patterns/rules.h"
 
 namespace sparse_attn {
 
 class RandomTokens final : public Primitive {
  public:
   /// A pair is kept if its 32 random bits are below `threshold`.
-  RandomTokens(std::int64_t threshold, std::uint64_t seed) : threshold_(threshold), seed_(seed) {}
+  RandomTokens(std::int64_t threshold, std::uint64_t seed) : rule_{threshold, seed} {}
 
   bool contains(std::int64_t position, std::int64_t key) const override {
-    return keeps(four_keys(position, key), key);
+    return rule_(position, key);
   }
   void tile(const TokenSet& positions, const TokenSet& keys, std::uint64_t* words) const override {
     for (std::int64_t k = 0; k < keys.count; ++k) words[k] = 0;
     for (std::int64_t r = 0; r < positions.count; ++r) {
       Random4 random{};
       for (std::int64_t k = 0; k < keys.count; ++k) {
-        if (k == 0 || keys[k] / 4 != keys[k - 1] / 4) random = four_keys(positions[r], keys[k]);
-        words[k] |= static_cast<std::uint64_t>(keeps(random, keys[k])) << r;
+        if (k == 0 || keys[k] / 4 != keys[k - 1] / 4)
+          random = rule_.four_keys(positions[r], keys[k]);
+        words[k] |= static_cast<std::uint64_t>(rule_.keeps(random, keys[k])) << r;
       }
     }
   }
@@ -29,20 +30,18 @@ class RandomTokens final : public Primitive {
   bool signature(const TokenSet&, const TokenSet&, Signature&) const override { return false; }
   bool includes(const Primitive& other) const override {
     const auto* tokens = dynamic_cast<const RandomTokens*>(&other);
-    return tokens && tokens->seed_ == seed_ && threshold_ >= tokens->threshold_;
+    return tokens && tokens->rule_.seed == rule_.seed && rule_.threshold >= tokens->rule_.threshold;
+  }
+
+  Instruction instruction() const override {
+    Instruction step;
+    step.kind = Instruction::Kind::kRandomTokens;
+    step.random_tokens = rule_;
+    return step;
   }
 
  private:
-  Random4 four_keys(std::int64_t position, std::int64_t key) const {
-    return philox(seed_, static_cast<std::uint32_t>(key / 4), static_cast<std::uint32_t>(position),
-                  Stream::kTokens);
-  }
-  bool keeps(const Random4& random, std::int64_t key) const {
-    return random.word[key % 4] < threshold_;
-  }
-
-  std::int64_t threshold_;
-  std::uint64_t seed_;
+  RandomTokensRule rule_;
 };
 
 }  // namespace sparse_attn

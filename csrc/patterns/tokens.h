@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "patterns/pattern.h"
+#include "patterns/rules.h"
 
 namespace sparse_attn {
 
@@ -29,7 +30,8 @@ inline Cover cover_of(const TokenList& tokens, const TokenSet& set) {
 inline std::uint64_t members(const TokenList& tokens, const TokenSet& set) {
   std::uint64_t bits = 0;
   for (std::int64_t i = 0; i < set.count; ++i) {
-    bits |= static_cast<std::uint64_t>(std::binary_search(tokens.begin(), tokens.end(), set[i]))
+    bits |= static_cast<std::uint64_t>(
+                is_among(tokens.data(), static_cast<std::int64_t>(tokens.size()), set[i]))
             << i;
   }
   return bits;
@@ -46,8 +48,8 @@ class GlobalKeys final : public Primitive {
   /// `tokens` ascend without repetition.
   explicit GlobalKeys(TokenList tokens) : tokens_(std::move(tokens)) {}
 
-  bool contains(std::int64_t, std::int64_t key) const override {
-    return std::binary_search(tokens_.begin(), tokens_.end(), key);
+  bool contains(std::int64_t position, std::int64_t key) const override {
+    return rule()(position, key);
   }
   void tile(const TokenSet&, const TokenSet& keys, std::uint64_t* words) const override {
     for (std::int64_t k = 0; k < keys.count; ++k)
@@ -71,7 +73,16 @@ class GlobalKeys final : public Primitive {
   }
   const TokenList* key_list() const override { return &tokens_; }
 
+  Instruction instruction() const override {
+    Instruction step;
+    step.kind = Instruction::Kind::kKeys;
+    step.keys = rule();
+    return step;
+  }
+
  private:
+  KeysRule rule() const { return {tokens_.data(), static_cast<std::int64_t>(tokens_.size())}; }
+
   TokenList tokens_;
 };
 
@@ -79,8 +90,8 @@ class GlobalQueries final : public Primitive {
  public:
   explicit GlobalQueries(TokenList tokens) : tokens_(std::move(tokens)) {}
 
-  bool contains(std::int64_t position, std::int64_t) const override {
-    return std::binary_search(tokens_.begin(), tokens_.end(), position);
+  bool contains(std::int64_t position, std::int64_t key) const override {
+    return rule()(position, key);
   }
   void tile(const TokenSet& positions, const TokenSet& keys, std::uint64_t* words) const override {
     std::fill_n(words, keys.count, members(tokens_, positions));
@@ -104,7 +115,16 @@ class GlobalQueries final : public Primitive {
   }
   const TokenList* position_list() const override { return &tokens_; }
 
+  Instruction instruction() const override {
+    Instruction step;
+    step.kind = Instruction::Kind::kQueries;
+    step.queries = rule();
+    return step;
+  }
+
  private:
+  QueriesRule rule() const { return {tokens_.data(), static_cast<std::int64_t>(tokens_.size())}; }
+
   TokenList tokens_;
 };
 

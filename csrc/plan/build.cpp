@@ -20,10 +20,6 @@ namespace {
 
 constexpr std::int32_t kNothing = -2;  // a mask that allows no pair
 
-/// A pair of a list takes about as long as so many pairs of a tile: a tile with fewer pairs than
-/// one in so many is listed.
-constexpr std::int64_t kListedPair = 7;
-
 /// Beyond so many pairs (256 MiB) tiles that others resemble stay tiles; beyond a gigabyte, all.
 constexpr std::size_t kMostListed = std::size_t{1} << 26, kMostOfAll = std::size_t{1} << 28;
 
@@ -44,12 +40,13 @@ std::uint64_t low_bits(std::int64_t n) {
 
 class Builder {
  public:
-  Builder(const Terms& terms, Sizes sizes, TileShape tile, Listing listing)
+  Builder(const Terms& terms, Sizes sizes, TileShape tile, Listing listing, Target target)
       : all_{std::make_shared<UnionOf>(terms)},
         parts_(terms),
         layers_(parts_.layers()),
         listed_positions_(parts_.positions),
-        listing_(listing) {
+        listing_(listing),
+        listed_pair_(pairs_for_listed(target)) {
     plan_.sizes = sizes;
     plan_.tile = tile;
   }
@@ -282,7 +279,7 @@ class Builder {
   }
 
   bool is_sparse(const Mask& mask, const TokenSet& keys) const {
-    return kListedPair * pairs_in(mask) < positions_.count * keys.count;
+    return listed_pair_ * pairs_in(mask) < positions_.count * keys.count;
   }
 
   /// Of the rows that the tile at hand owns.
@@ -342,6 +339,7 @@ class Builder {
   Terms layers_;
   TokenList listed_positions_;  // those that queries stand at
   Listing listing_;
+  std::int64_t listed_pair_;
   std::vector<Pair> loose_;  // pairs that no tile holds
   std::unordered_map<Signature, std::int32_t, SignatureHash> mask_ids_;
 
@@ -355,8 +353,8 @@ class Builder {
 
 }  // namespace
 
-Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile, Listing listing) {
-  return Builder(terms, sizes, tile, listing).build();
+Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile, Listing listing, Target target) {
+  return Builder(terms, sizes, tile, listing, target).build();
 }
 
 std::int64_t Plan::bytes() const {

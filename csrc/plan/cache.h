@@ -12,7 +12,7 @@ namespace sparse_attn {
 /// The plan of one head's pattern; one that depends on `tensors` is made anew. Throws
 /// std::invalid_argument as `expand` does.
 std::shared_ptr<const Plan> plan_of(const Expression& expression, Sizes sizes,
-                                    const PatternTensor* tensors);
+                                    const PatternTensor* tensors, Target target = Target::kCpu);
 
 /// The same, cut for `heads` (batch times heads) that run side by side; `chunks` = 0 lets the sizes
 /// decide.

@@ -1,5 +1,7 @@
 // Which plan takes the least time: the shape of the tiles, and whether sparse ones become lists.
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <vector>
 
 #include "patterns/block_window.h"
@@ -17,33 +19,45 @@ constexpr double kAsFast = 1.05;
 /// Where lists are so many times as fast as tiles, smaller tiles will not catch up.
 constexpr double kHopeless = 2.0;
 
-/// Nanoseconds of the forward pass, measured with AVX-512, float32 and heads of 64 on full, window,
-/// radial and random patterns; the backward pass takes 2.5 times as long throughout.
-constexpr double kPair = 1.6;                       // of a tile of 64 rows
-constexpr double kNarrowPair[] = {2.0, 1.7, 1.65};  // of one of 16, 32, 48 rows
-constexpr double kTile = 150, kRowTile = 500, kRow = 70;
-constexpr double kListedPair = 10, kListedRow = 130;
+/// Times in nanoseconds of what a plan is made of.
+struct Costs {
+  double pair;                        // of a tile of 64 rows
+  std::array<double, 3> narrow_pair;  // of one of 16, 32, 48 rows
+  double tile, row_tile, row;         // for each, besides its pairs
+  double listed_pair, listed_row;
+};
 
-double tile_time(std::int64_t rows, std::int64_t keys) {
+/// Of the forward pass of one core, measured with AVX-512, float32 and heads of 64 on full, window,
+/// radial and random patterns; the backward pass takes 2.5 times as long throughout.
+constexpr Costs kCpuCosts{1.6, {2.0, 1.7, 1.65}, 150, 500, 70, 10, 130};
+
+/// Of a whole device, by its rates alone, not measured: 400 TFLOP/s of products of 64 columns
+/// against 4 TB/s of single rows of bfloat16. The kernels know tiles of 64 x 64 only.
+constexpr Costs kGpuCosts{6.4e-4, {}, 0.3, 1.5, 0.0, 6.4e-2, 0.3};
+
+const Costs& costs(Target target) { return target == Target::kCpu ? kCpuCosts : kGpuCosts; }
+
+double tile_time(const Costs& c, std::int64_t rows, std::int64_t keys) {
   const std::int64_t vectors = (rows + 15) / 16;
-  const double pair = vectors < 4 ? kNarrowPair[vectors - 1] : kPair;
-  return kTile + pair * static_cast<double>(16 * vectors * keys);
+  const bool narrow = vectors < 4 && c.narrow_pair[0] > 0;
+  const double pair = narrow ? c.narrow_pair[static_cast<std::size_t>(vectors - 1)] : c.pair;
+  return c.tile + pair * static_cast<double>(16 * vectors * keys);
 }
 
-double time_of(const Plan& plan) {
+double time_of(const Plan& plan, const Costs& c) {
   double time = 0;
   for (const Pass& pass : plan.passes) {
     for (const RowTile& row : pass.row_tiles) {
       std::int64_t tiles = 0;
       for (std::uint32_t r = row.first_run; r < row.end_run; ++r) tiles += pass.runs[r].count;
-      time += kRowTile + kRow * row.rows.count;
+      time += c.row_tile + c.row * row.rows.count;
       time += static_cast<double>(tiles) *
-              tile_time(row.rows.count, std::min<std::int64_t>(plan.tile.keys, plan.sizes.n_k));
+              tile_time(c, row.rows.count, std::min<std::int64_t>(plan.tile.keys, plan.sizes.n_k));
     }
   }
   for (std::size_t i = 1; i < plan.lists.starts.size(); ++i) {
     const std::int64_t keys = plan.lists.starts[i] - plan.lists.starts[i - 1];
-    if (keys > 0) time += kListedRow + kListedPair * static_cast<double>(keys);
+    if (keys > 0) time += c.listed_row + c.listed_pair * static_cast<double>(keys);
   }
   return time;
 }
@@ -56,7 +70,8 @@ int side_for(std::int64_t block) {
 }
 
 /// Sides of square tiles that might be the best, the likely ones first.
-std::vector<int> sides(const Terms& terms) {
+std::vector<int> sides(const Terms& terms, Target target) {
+  if (target == Target::kGpu) return {kMaxTile};
   std::vector<int> all;
   const auto add = [&](int side) {
     if (side > 0 && std::find(all.begin(), all.end(), side) == all.end()) all.push_back(side);
@@ -76,9 +91,11 @@ bool is_laborious(const Plan& plan) {
 /// The plans tried so far, without those that are clearly slower than the fastest.
 class Candidates {
  public:
+  explicit Candidates(const Costs& costs) : costs_(costs) {}
+
   /// Returns how many times as long it takes as the fastest before it.
   double add(Plan plan) {
-    const double time = time_of(plan), before = plans_.empty() ? time : least_;
+    const double time = time_of(plan, costs_), before = plans_.empty() ? time : least_;
     least_ = plans_.empty() ? time : std::min(least_, time);
     plans_.push_back({std::move(plan), time});
     const auto slow = [&](const Candidate& c) { return c.time > kAsFast * least_; };
@@ -98,22 +115,28 @@ class Candidates {
     Plan plan;
     double time;
   };
+  const Costs& costs_;
   std::vector<Candidate> plans_;
   double least_ = 0;
 };
 
 }  // namespace
 
-Plan choose_plan(const Terms& terms, Sizes sizes) {
-  Candidates candidates;
-  for (const int side : sides(terms)) {
-    Plan plan = build_plan(terms, sizes, {side, side});
+std::int64_t pairs_for_listed(Target target) {
+  const Costs& c = costs(target);
+  return static_cast<std::int64_t>(std::ceil(c.listed_pair / c.pair));
+}
+
+Plan choose_plan(const Terms& terms, Sizes sizes, Target target) {
+  Candidates candidates(costs(target));
+  for (const int side : sides(terms, target)) {
+    Plan plan = build_plan(terms, sizes, {side, side}, Listing::kUnique, target);
     const bool good =
         static_cast<double>(plan.visited) <= kGoodOverhead * static_cast<double>(plan.pairs);
     if (good && side > 32) return plan;
     const bool stop = is_laborious(plan);
     if (candidates.add(std::move(plan)) > kHopeless || stop) break;
-    if (side == kMaxTile) candidates.add(build_plan(terms, sizes, {}, Listing::kAll));
+    if (side == kMaxTile) candidates.add(build_plan(terms, sizes, {}, Listing::kAll, target));
   }
   return candidates.take_best();
 }

@@ -55,11 +55,18 @@ std::int64_t bytes_of(const std::vector<T>& v) {
 /// all.
 enum class Listing { kUnique, kAll };
 
+/// What the plan is for.
+enum class Target { kCpu, kGpu };
+
+/// A pair of a list takes about as long as so many pairs of a tile: a tile with fewer pairs than
+/// one in so many is listed.
+std::int64_t pairs_for_listed(Target target);
+
 Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile = {},
-                Listing listing = Listing::kUnique);
+                Listing listing = Listing::kUnique, Target target = Target::kCpu);
 
 /// The plan of the tile shape and the listing that should take the least time.
-Plan choose_plan(const Terms& terms, Sizes sizes);
+Plan choose_plan(const Terms& terms, Sizes sizes, Target target = Target::kCpu);
 
 /// Calls visit(key_tile, mask) for each key tile of the runs, in order.
 template <class Visit>

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace sparse_attn {
 
 /// Largest tile in either direction: an element mask keeps one 64-bit word of rows for each key.
@@ -108,7 +110,8 @@ struct PlanView {
   ListsView queries_of_key;                // the same pairs, backward only
 };
 
-inline std::int64_t token(const Tile& tile, const std::int64_t* list, int i) {
+SPARSE_ATTN_HOST_DEVICE inline std::int64_t token(const Tile& tile, const std::int64_t* list,
+                                                  int i) {
   return tile.list < 0 ? tile.start + static_cast<std::int64_t>(tile.step) * i
                        : list[tile.list + i];
 }
