@@ -204,6 +204,13 @@ struct Shape {
   std::int64_t heads() const { return heads_kv * group; }
 };
 
+/// How much larger than float32's (or float64's) the errors of the products are, where they are
+/// rounded further: those of logits, and those of P and dS before they are multiplied.
+struct Precision {
+  double logits = 1.0;
+  double probabilities = 0.0;
+};
+
 /// The inputs of forward and backward.
 struct Case {
   DataType type;
@@ -213,6 +220,7 @@ struct Case {
   TileShape tile;
   int chunks;
   Listing listing = Listing::kUnique;
+  Precision precision;
   Tensor query, key, value, grad_output;
   std::vector<std::uint8_t> padding;  // empty = none
   Numbers grad_lse;                   // empty = none
@@ -439,7 +447,7 @@ inline void check_forward(const Case& c, const Results& results) {
           keys.push_back(j);
           logits.push_back(c.scale * logit.value);
           top = std::max(top, logits.back());
-          error = std::max(error, 1.0 + 2.0 * std::fabs(c.scale) * logit.size);
+          error = std::max(error, 1.0 + 2.0 * std::fabs(c.scale) * logit.size * c.precision.logits);
         }
         for (const double logit : logits) total += std::exp(logit - top);
         const double lse = results.lse.get(c.lse_at(b, h, i));
@@ -454,7 +462,8 @@ inline void check_forward(const Case& c, const Results& results) {
           Sum expected;
           for (std::size_t k = 0; k < keys.size(); ++k) {
             expected.add(
-                std::exp(logits[k] - top) / total * c.value.get(b, h / s.group, keys[k], v), error);
+                std::exp(logits[k] - top) / total * c.value.get(b, h / s.group, keys[k], v),
+                error + c.precision.probabilities);
           }
           const double got = results.output.get(b, h, i, v);
           if (keys.empty()) CHECK_EQUAL(got, 0.0);
@@ -483,10 +492,14 @@ inline void check_backward(const Case& c, const Results& results) {
             if (!c.sees_key(pairs, b, i, j)) continue;
             const Sum logit = dot(c.query, c.key, b, h, i, kv, j, s.head_dim);
             const double p = std::exp(c.scale * logit.value - lse);
-            const double error = 1.0 + 2.0 * (std::fabs(c.scale) * logit.size + std::fabs(lse));
+            const double error =
+                1.0 +
+                2.0 * (std::fabs(c.scale) * logit.size * c.precision.logits + std::fabs(lse)) +
+                c.precision.probabilities;
             const Sum dp = dot(c.grad_output, c.value, b, h, i, kv, j, s.value_dim);
             const double ds = p * (dp.value - delta.value) * c.scale;
-            const double ds_size = p * (dp.size + delta.size) * std::fabs(c.scale) * error;
+            const double ds_size =
+                p * (dp.size * c.precision.logits + delta.size) * std::fabs(c.scale) * error;
             for (std::int64_t d = 0; d < s.head_dim; ++d) {
               const double q = c.query.get(b, h, i, d), k = c.key.get(b, kv, j, d);
               grad_query[index(d)].add_sized(ds * k, ds_size * std::fabs(k));

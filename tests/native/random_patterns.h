@@ -10,7 +10,7 @@
 
 #include "patterns/expand.h"
 #include "patterns/window.h"
-#include "random.h"
+#include "philox.h"
 
 /// Numbers that are the same on every platform.
 class Random {

@@ -1,0 +1,21 @@
+// In the place of the kernels where there is no CUDA compiler: the bridge links, and says so.
+#include <stdexcept>
+
+#include "cuda/evaluate.h"
+#include "cuda/kernels.h"
+
+namespace sparse_attn::cuda {
+namespace {
+
+[[noreturn]] void fail() { throw std::runtime_error("sparse_attn was built without CUDA kernels"); }
+
+}  // namespace
+
+bool is_built() { return false; }
+Device use_device(int) { fail(); }
+bool is_capturing(void*) { fail(); }
+const Kernels& kernels_for(DataType, std::int64_t, bool, const Device&) { fail(); }
+void make_global_pass(const GlobalPass&, void*) { fail(); }
+void filter_lists(const ListFilter&, void*) { fail(); }
+
+}  // namespace sparse_attn::cuda

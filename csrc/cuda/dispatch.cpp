@@ -1,0 +1,80 @@
+// Which of the compiled kernels serve a call. CMakeLists.txt passes the instances as
+// SPARSE_ATTN_MMA_INSTANCES, a list of X(scalar, head size).
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "cuda/kernels.h"
+
+namespace sparse_attn::cuda {
+
+const Kernels& simt_float32();
+const Kernels& simt_float64();
+const Kernels& simt_bfloat16();
+const Kernels& simt_float16();
+
+#define X(scalar, size) Kernels mma_##scalar##_##size(const Kernels& portable);
+SPARSE_ATTN_MMA_INSTANCES
+#undef X
+
+namespace {
+
+constexpr int kLargestHead = 256;
+constexpr int kFirstTensorCores = 80;  // with bfloat16, ldmatrix and cp.async
+
+DataType type_named(const std::string& name) {
+  return name == "float32"    ? DataType::kFloat32
+         : name == "float64"  ? DataType::kFloat64
+         : name == "bfloat16" ? DataType::kBFloat16
+                              : DataType::kFloat16;
+}
+
+const Kernels& portable(DataType type) {
+  switch (type) {
+    case DataType::kFloat64:
+      return simt_float64();
+    case DataType::kBFloat16:
+      return simt_bfloat16();
+    case DataType::kFloat16:
+      return simt_float16();
+    case DataType::kFloat32:
+      break;
+  }
+  return simt_float32();
+}
+
+using Instances = std::map<std::pair<DataType, std::int64_t>, Kernels>;
+
+/// By type and head size.
+const Instances& tensor_core_kernels() {
+  static const Instances instances = [] {
+    Instances all;
+#define X(scalar, size)                                           \
+  all.emplace(std::pair(type_named(#scalar), std::int64_t{size}), \
+              mma_##scalar##_##size(portable(type_named(#scalar))));
+    SPARSE_ATTN_MMA_INSTANCES
+#undef X
+    return all;
+  }();
+  return instances;
+}
+
+}  // namespace
+
+const Kernels& kernels_for(DataType type, std::int64_t head_size, bool tf32, const Device& device) {
+  if (head_size > kLargestHead) {
+    throw std::invalid_argument("expected heads of at most " + std::to_string(kLargestHead) +
+                                " on CUDA, got " + std::to_string(head_size));
+  }
+  const Kernels& simt = portable(type);
+  if (device.arch < kFirstTensorCores || (type == DataType::kFloat32 && !tf32)) return simt;
+  const Instances& instances = tensor_core_kernels();
+  const auto found = instances.lower_bound({type, head_size});  // the next larger head size
+  const bool serves = found != instances.end() && found->first.first == type &&
+                      found->second.shared_bytes <= device.shared_bytes;
+  return serves ? found->second : simt;
+}
+
+}  // namespace sparse_attn::cuda

@@ -1,0 +1,70 @@
+// The kernels as functions that queue them, and which of them serve a call. No CUDA in here.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/args.h"
+#include "plan/image.h"
+
+namespace sparse_attn::cuda {
+
+using Launch = void (*)(std::int64_t blocks, void* stream, const Arguments& arguments);
+
+/// The sweeps over all visits of a pass.
+struct Sweeps {
+  Launch forward;
+  Launch grad_query;
+  Launch grad_key_value;  // null if the sums of both take too many registers: then the next two
+  Launch grad_key;
+  Launch grad_value;
+};
+
+/// Those of one storage type and path. Blocks: a launch over tasks, reductions or rows wants
+/// `blocks_for_rows(rows)` or (tasks or reductions) * heads of them.
+struct Kernels {
+  const char* path;     // its name for users
+  int shared_bytes;     // the most that any of its kernels asks for
+  Grouping in_forward;  // of the tasks
+  Grouping in_backward;
+
+  Sweeps planned;    // for visits with masks of the plan
+  Sweeps evaluated;  // for those that are left to a program, too
+
+  Launch merge_states;
+  Launch finish_states;
+  Launch delta;
+  Launch reduce_rows;  // slots of dQ
+  Launch reduce_keys;  // slots of dK and dV
+  Launch listed_forward;
+  Launch listed_grad_query;
+  Launch listed_grad_key_value;
+};
+
+/// The most shared memory that any of some kernels asks for.
+template <class... Kernel>
+constexpr int largest_shared = std::max({Kernel::kSharedBytes...});
+
+/// Warps take a row each in kernels that go row by row.
+constexpr int kRowsPerBlock = 8;
+inline std::int64_t blocks_for_rows(std::int64_t rows) {
+  return (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+}
+
+/// What a device has to offer; `arch` is 10 * major + minor.
+struct Device {
+  int arch = 0;
+  int shared_bytes = 0;  // that a block may ask for
+};
+/// Whether there are kernels in this build.
+bool is_built();
+/// Makes a device the current one. Throws std::runtime_error where there is none.
+Device use_device(int index);
+/// Whether the stream is being captured into a graph.
+bool is_capturing(void* stream);
+
+/// Tensor cores where the device and the sizes allow them: sm_80, at most 256 columns and, for
+/// float32, `tf32`; else the portable kernels. Throws std::invalid_argument for larger heads.
+const Kernels& kernels_for(DataType type, std::int64_t head_size, bool tf32, const Device& device);
+
+}  // namespace sparse_attn::cuda

@@ -1,0 +1,55 @@
+// The tensor-core kernels of one storage type and head size, SPARSE_ATTN_SCALAR and
+// SPARSE_ATTN_HEAD_SIZE, which CMakeLists.txt sets. What is not a product comes from the portable
+// kernels of the type.
+#include "cuda/kernels.h"
+#include "cuda/launch.cuh"
+#include "cuda/mma_backward.cuh"
+#include "cuda/mma_forward.cuh"
+
+#define SPARSE_ATTN_NAME3(path, scalar, size) path##_##scalar##_##size
+#define SPARSE_ATTN_NAME2(path, scalar, size) SPARSE_ATTN_NAME3(path, scalar, size)
+#define SPARSE_ATTN_NAME(path) SPARSE_ATTN_NAME2(path, SPARSE_ATTN_SCALAR, SPARSE_ATTN_HEAD_SIZE)
+
+namespace sparse_attn::cuda {
+namespace {
+
+constexpr int kHeadSize = SPARSE_ATTN_HEAD_SIZE;
+using S = SPARSE_ATTN_SCALAR;
+
+template <Grad kGrad, bool kEvaluates>
+using Backward = MmaBackward<S, kHeadSize, kGrad, kEvaluates>;
+template <bool kEvaluates>
+using Forward = MmaForward<S, kHeadSize, kEvaluates>;
+
+constexpr bool kBoth = kHeadSize <= kMostForBoth;
+
+/// Only what the table asks for is instantiated.
+template <bool kEvaluates>
+Sweeps sweeps() {
+  Sweeps all{launch<Forward<kEvaluates>>, launch<Backward<Grad::kQuery, kEvaluates>>, nullptr,
+             nullptr, nullptr};
+  if constexpr (kBoth) {
+    all.grad_key_value = launch<Backward<Grad::kKeyValue, kEvaluates>>;
+  } else {
+    all.grad_key = launch<Backward<Grad::kKey, kEvaluates>>;
+    all.grad_value = launch<Backward<Grad::kValue, kEvaluates>>;
+  }
+  return all;
+}
+
+}  // namespace
+
+Kernels SPARSE_ATTN_NAME(mma)(const Kernels& portable) {
+  using GradQuery = Backward<Grad::kQuery, true>;
+  using GradKeyValue = Backward<kBoth ? Grad::kKeyValue : Grad::kKey, true>;
+  Kernels kernels = portable;
+  kernels.path = "mma";
+  kernels.shared_bytes = largest_shared<Forward<true>, GradQuery, GradKeyValue>;
+  kernels.in_forward = {Forward<true>::kTilesPerTask, 1};
+  kernels.in_backward = {GradQuery::kTilesPerTask, GradKeyValue::kTilesPerTask};
+  kernels.planned = sweeps<false>();
+  kernels.evaluated = sweeps<true>();
+  return kernels;
+}
+
+}  // namespace sparse_attn::cuda

@@ -1,0 +1,250 @@
+// Forward on tensor cores: load Q; for each tile of keys: S = Q Kᵀ, mask, softmax update,
+// O += P V; finish.
+//
+// Four warps have 16 rows of each of the task's tiles. K and V take turns in a ring of shared
+// memory, so that V arrives while S is computed and the next K while O is.
+#pragma once
+
+#include "cuda/evaluate.cuh"
+#include "cuda/mma_copy.cuh"
+#include "cuda/mma_steps.cuh"
+#include "cuda/states.cuh"
+
+namespace sparse_attn::cuda {
+
+/// `kEvaluates`: visits may be left to the pass's program.
+template <class S, int kHeadSize, bool kEvaluates>
+class MmaForward {
+  static constexpr Shape kShape = kForwardShape<sizeof(S), kHeadSize>;
+  static constexpr int kGroup = kShape.group, kColumns = kShape.columns, kStages = kShape.stages;
+  static constexpr int kTileBytes = kMaxTile * kRowBytes<S, kHeadSize>;
+  static constexpr int kStageBytes = kColumns * kRowBytes<S, kHeadSize>;
+  static constexpr int kWordsBytes = kGroup * kMaxTile * static_cast<int>(sizeof(std::uint64_t));
+  using Products = WarpProducts<S, kHeadSize, kGroup>;
+  using Steps = TaskSteps<kColumns>;
+
+ public:
+  static constexpr int kThreads = kMmaThreads;
+  static constexpr int kBlocksPerSM = kShape.blocks;
+  static constexpr int kSharedBytes =
+      kGroup * kTileBytes + kStages * kStageBytes + kWordsBytes + (kEvaluates ? kMostCovers : 0);
+  static_assert(kSharedBytes <= kMostShared);
+  static constexpr int kTilesPerTask = kGroup;
+
+  static __device__ void run(const Arguments& a) {
+    const Work work(a, Side::kRows);
+    if (!work.found()) return;
+    if (!a.first && !work.has_visits()) return;
+    MmaForward(a, work).attend();
+  }
+
+ private:
+  __device__ MmaForward(const Arguments& a, const Work& work)
+      : a_(a),
+        work_(work),
+        list_(work.pass->token_list),
+        warp_row_(static_cast<int>(threadIdx.x) / 32 * 16),
+        queries_(shared_memory()),
+        ring_(queries_ + kGroup * kTileBytes),
+        words_(reinterpret_cast<std::uint64_t*>(ring_ + kStages * kStageBytes)),
+        covers_(kEvaluates ? reinterpret_cast<std::uint8_t*>(words_) + kWordsBytes : nullptr) {}
+
+  __device__ void attend() {
+    if constexpr (kEvaluates) {
+      load_covers(covers_, a_, work_);
+      sync_threads();
+    }
+    load_states();
+    Steps coming(work_, covers_), now(work_, covers_);  // to be copied next, and at hand
+    load_queries();
+    int copied = 0;  // tiles of the ring: a K and a V for each step
+    for (; copied < kStages - 1; ++copied) copy_next(coming, copied);
+    load_words(now);
+    for (int used = 0; !now.done(); now.next(), used += 2) {
+      await_tile();
+      copy_next(coming, copied++);
+      const unsigned active = now.active(kGroup);
+      float s[kGroup][kColumns / 8][4];
+      Products::template rows_by_rows<kColumns>(s, queries_, warp_row_, stage(used), active);
+      softmax(s, now, active);
+      await_tile();
+      copy_next(coming, copied++);
+      Steps next = now;
+      next.next();
+      load_words(next);
+      Products::template add_by_columns<kColumns>(o_, s, stage(used + 1), active);
+    }
+    cp_async_wait<0>();
+    write();
+  }
+
+  __device__ char* stage(int i) const { return ring_ + i % kStages * kStageBytes; }
+
+  __device__ void load_queries() {
+    const HeadView<const S> query = query_head<S>(a_.call, work_.batch, work_.head);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      if (!work_.has_tile(g)) continue;
+      copy_rows<S, kHeadSize, kMaxTile>(queries_ + g * kTileBytes, query, work_.row_tile(g).rows,
+                                        list_, 0, static_cast<int>(a_.call.head_dim),
+                                        [](int) { return true; });
+    }
+  }
+
+  /// The next K or V, as a group of its own even if there is none left: the waits count groups.
+  __device__ void copy_next(Steps& steps, int number) {
+    if (!steps.done()) {
+      const bool is_key = number % 2 == 0;
+      const Tile& tile = work_.pass->key_tiles[steps.tile()];
+      const HeadView<const S> from = is_key ? key_head<S>(a_.call, work_.batch, work_.head)
+                                            : value_head<S>(a_.call, work_.batch, work_.head);
+      const std::uint8_t* padding = padding_of(a_.call, work_.batch);
+      copy_rows<S, kHeadSize, kColumns>(
+          stage(number), from, tile, list_, steps.first_column(),
+          static_cast<int>(is_key ? a_.call.head_dim : a_.call.value_dim),
+          [&](int i) { return padding == nullptr || padding[token(tile, list_, i)] == 0; });
+      if (!is_key) steps.next();
+    }
+    cp_async_commit();
+  }
+
+  /// Waits for the oldest copy, and for everyone to be done with the one whose place the next
+  /// takes.
+  __device__ void await_tile() {
+    cp_async_wait<kStages - 2>();
+    sync_threads();
+  }
+
+  /// The masks of a step, unless the one before had the same.
+  __device__ void load_words(const Steps& step) {
+    if (step.done() || !step.is_first_part()) return;
+    const Tile& keys = work_.pass->key_tiles[step.tile()];
+    for (int g = 0; g < kGroup; ++g) {
+      if (step.mask(g) == kSkip || !needs_words(a_.call, keys, step.mask(g))) continue;
+      cuda::load_words<kEvaluates>(words_ + g * kMaxTile, a_, work_, g, step.tile(), step.mask(g));
+    }
+  }
+
+  __device__ void softmax(float (&s)[kGroup][kColumns / 8][4], const Steps& step, unsigned active) {
+    const Tile& keys = work_.pass->key_tiles[step.tile()];
+    const float scale = static_cast<float>(a_.call.scale) * kLog2E;
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      if (!(active >> g & 1)) continue;
+      if (needs_words(a_.call, keys, step.mask(g)))
+        mask_columns(s[g], words_ + g * kMaxTile + step.first_column(), warp_row_);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        update_row(s[g], o_[g], half, maximum_[g][half], sum_[g][half], scale);
+    }
+  }
+
+  /// One row of the warp's 16, which four lanes share: rows g and g + 8 of a fragment are its
+  /// halves. Maxima are in units of log 2.
+  static __device__ void update_row(float (&s)[kColumns / 8][4], float (&o)[kHeadSize / 8][4],
+                                    int half, float& maximum, float& sum, float scale) {
+    float top = -kInfinity;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+      top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    top = fmaxf(top, shuffle_xor(top, 1));
+    top = fmaxf(top, shuffle_xor(top, 2));
+    top = fmaxf(maximum, top == -kInfinity ? top : top * scale);
+    const float finite = top == -kInfinity ? 0.0f : top;
+    const float rescale = exp2_approx(maximum - finite);
+    maximum = top;
+    sum *= rescale;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -finite));
+        sum += s[n][i];  // of this lane's columns; write() adds the four up
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadSize / 8; ++n) {
+      o[n][2 * half] *= rescale;
+      o[n][2 * half + 1] *= rescale;
+    }
+  }
+
+  // ---- where the states come from and go to ----------------------------------------------------
+
+  __device__ void load_states() {
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        maximum_[g][half] = -kInfinity;
+        sum_[g][half] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kHeadSize / 8; ++n) o_[g][n][2 * half] = o_[g][n][2 * half + 1] = 0.0f;
+        if (!a_.first && work_.task->slot < 0) resume(g, half);
+      }
+    }
+  }
+
+  __device__ int row_in_tile(int half) const {
+    return warp_row_ + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half;
+  }
+
+  /// The state that an earlier sweep left. The sum goes to one lane of the four.
+  __device__ void resume(int g, int half) {
+    const int row = row_in_tile(half), lane = static_cast<int>(threadIdx.x) % 4;
+    if (!work_.owns(g, row)) return;
+    const StateRow<float> state = work_.row_state<float>(a_, g, row);
+    maximum_[g][half] = *state.maximum * kLog2E;
+    sum_[g][half] = lane == 0 ? *state.sum : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kHeadSize / 8; ++n) {
+      const int column = 8 * n + 2 * lane;
+      if (column >= a_.call.value_dim) continue;
+      o_[g][n][2 * half] = state.output[column];
+      o_[g][n][2 * half + 1] = state.output[column + 1];
+    }
+  }
+
+  __device__ void write() {
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = sum_[g][half];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        const int row = row_in_tile(half);
+        if (work_.owns(g, row)) write_row(g, half, row, maximum_[g][half] * kLn2, sum);
+      }
+    }
+  }
+
+  __device__ void write_row(int g, int half, int row, float maximum, float sum) {
+    const int lane = static_cast<int>(threadIdx.x) % 4;
+    const RowSink<S> sink(a_, work_, g, row);
+    if (lane == 0) sink.put_sums(maximum, sum);
+    const float factor = sink.factor(sum);
+#pragma unroll
+    for (int n = 0; n < kHeadSize / 8; ++n) {
+      const int column = 8 * n + 2 * lane;
+      if (column >= a_.call.value_dim) continue;
+      // A row without keys is 0 even if a value that it does not see is NaN.
+      const bool any = factor != 0.0f;
+      sink.put(column, any ? o_[g][n][2 * half] * factor : 0.0f,
+               any ? o_[g][n][2 * half + 1] * factor : 0.0f);
+    }
+  }
+
+  const Arguments& a_;
+  const Work& work_;
+  const std::int64_t* const list_;
+  const int warp_row_;
+  char* const queries_;
+  char* const ring_;
+  std::uint64_t* const words_;
+  std::uint8_t* const covers_;
+  float o_[kGroup][kHeadSize / 8][4];
+  float maximum_[kGroup][2], sum_[kGroup][2];
+};
+
+}  // namespace sparse_attn::cuda

@@ -1,0 +1,57 @@
+// The steps of a task: the tiles of the other side that it visits, a few columns at a time, and
+// the masks of a step.
+#pragma once
+
+#include "cuda/tiles.cuh"
+
+namespace sparse_attn::cuda {
+
+template <int kColumns>
+class TaskSteps {
+ public:
+  __device__ explicit TaskSteps(const Work& work, const std::uint8_t* covers)
+      : walk_(work, covers), tiles_(work.other_tiles()) {}
+
+  __device__ bool done() const { return walk_.done(); }
+  __device__ int tile() const { return walk_.tile(); }
+  __device__ std::int32_t mask(int g) const { return walk_.mask(g); }
+  __device__ int first_column() const { return column_; }
+  __device__ bool is_first_part() const { return column_ == 0; }
+
+  /// Which tiles of the task take part.
+  __device__ unsigned active(int group) const {
+    return static_cast<unsigned>(mask(0) != kSkip) |
+           static_cast<unsigned>(group > 1 && mask(1) != kSkip) << 1;
+  }
+
+  __device__ void next() {
+    column_ += kColumns;
+    if (column_ < tiles_.count(tile())) return;
+    column_ = 0;
+    walk_.next();
+  }
+
+ private:
+  VisitWalk walk_;
+  TileCounts tiles_;
+  int column_ = 0;
+};
+
+/// Logits of pairs that the words (one for each column) do not allow become -inf. The lane has rows
+/// g and g + 8 of 16, from `first_row` of the tile on.
+template <int kTiles>
+__device__ inline void mask_columns(float (&s)[kTiles][4], const std::uint64_t* words,
+                                    int first_row) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const std::uint64_t word = words[8 * n + 2 * (lane % 4) + i % 2];
+      const auto rows = static_cast<std::uint32_t>(word >> first_row);
+      if (!(rows >> (lane / 4 + i / 2 * 8) & 1)) s[n][i] = -kInfinity;
+    }
+  }
+}
+
+}  // namespace sparse_attn::cuda

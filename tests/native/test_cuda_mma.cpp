@@ -1,0 +1,76 @@
+// The tensor-core kernels on the emulator, against the naive reference.
+#include "cuda_case.h"
+
+namespace {
+
+using namespace attention;
+
+constexpr cuda::Device kAmpere{80, 163 * 1024};
+
+/// The rounding of P and dS to the type, and of all operands to TF32, in units of the 8 * 2^-24
+/// that the bounds are made of.
+Precision precision_of(DataType type) {
+  constexpr double kUnit = 8 * 0x1p-24;
+  if (type == DataType::kFloat32) return {2 * 0x1p-11 / kUnit, 2 * 0x1p-11 / kUnit};
+  return {1.0, (type == DataType::kBFloat16 ? 0x1p-8 : 0x1p-11) / kUnit};
+}
+
+void check_case(Case& c) {
+  const std::int64_t size = std::max(c.shape.head_dim, c.shape.value_dim);
+  const cuda::Kernels& kernels = cuda::kernels_for(c.type, size, true, kAmpere);
+  c.precision = precision_of(c.type);
+  check::context = std::string(kernels.path) + ", " + c.to_string();
+  CHECK_EQUAL(std::string(kernels.path), "mma");
+  const Results results = run(kernels, c);
+  CHECK(run(kernels, c) == results);  // whatever the order of threads and blocks
+  check_forward(c, results);
+  check_backward(c, results);
+  check::context.clear();
+}
+
+constexpr DataType kTypes[] = {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32};
+
+void test_random_cases(int cases) {
+  Random random(1);
+  for (int i = 0; i < cases; ++i) {
+    Shape shape;
+    shape.batch = random.between(1, 2);
+    shape.heads_kv = random.between(1, 2);
+    shape.group = random.between(1, 2);
+    shape.sizes = random_sizes(random, i % 3 == 0 ? 200 : 80);
+    shape.head_dim = 8 * random.between(1, 8);
+    shape.value_dim = random.chance(50) ? shape.head_dim : 8 * random.between(1, 8);
+    shape.layout = random.pick<Layout>({Layout::kHeadsFirst, Layout::kTokensFirst});
+    std::vector<Expression> patterns;
+    const bool per_head = shape.group == 1 && random.chance(25);
+    for (std::int64_t h = 0; h < (per_head ? shape.heads() : 1); ++h)
+      patterns.push_back(random_expression(random, shape.sizes.n_k, 2));
+    Case c(random, kTypes[i % 3], shape, patterns);
+    c.listing = random.pick<Listing>({Listing::kUnique, Listing::kAll});
+    check_case(c);
+  }
+}
+
+/// Every instance, with a window that pairs tiles and a global token in slots.
+void test_head_sizes() {
+  Random random(2);
+  for (const DataType type : kTypes) {
+    for (const std::int64_t size : {32, 64, 96, 128, 192, 256}) {
+      if (type == DataType::kFloat32 && size > 128) continue;
+      Shape shape;
+      shape.sizes = {150, 150};
+      shape.head_dim = size;
+      shape.value_dim = size - 8;
+      Case c(random, type, shape, {any_of({window(70, 70), global_keys({0, 1})})});
+      check_case(c);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_head_sizes();
+  test_random_cases(12);
+  return check::report();
+}
