@@ -1,7 +1,7 @@
 # sparse_attn_find_torch([PYTHON]) makes the target sparse_attn::torch from a LibTorch folder or Python's torch package.
 #
 # It looks in SPARSE_ATTN_TORCH_ROOT, Torch_DIR, CMAKE_PREFIX_PATH, then asks PYTHON, and sets SPARSE_ATTN_TORCH_ROOT
-# and SPARSE_ATTN_TORCH_VERSION, or SPARSE_ATTN_TORCH_MESSAGE when there is none.
+# and SPARSE_ATTN_TORCH_VERSION (and SPARSE_ATTN_TORCH_HAS_CUDA for a CUDA build), or SPARSE_ATTN_TORCH_MESSAGE when there is none.
 #
 # Why not find_package(Torch): the TorchConfig.cmake of a CUDA build of torch ends the configuration where no CUDA toolkit is
 # installed, and headers and three libraries are all that is needed. Both can be used in one project.
@@ -55,4 +55,8 @@ Python's torch package, or CMAKE_PREFIX_PATH to torch.utils.cmake_prefix_path" P
     INTERFACE_LINK_LIBRARIES "${libraries}")
   set(SPARSE_ATTN_TORCH_ROOT ${root} PARENT_SCOPE)
   set(SPARSE_ATTN_TORCH_VERSION ${version} PARENT_SCOPE)
+  set(cuda_library ${root}/lib/${CMAKE_SHARED_LIBRARY_PREFIX}torch_cuda${CMAKE_SHARED_LIBRARY_SUFFIX})
+  if(EXISTS ${cuda_library})
+    set(SPARSE_ATTN_TORCH_HAS_CUDA ON PARENT_SCOPE)
+  endif()
 endfunction()

@@ -6,38 +6,11 @@
 #include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/pattern_tensors.h"
+#include "ops/tensors.h"
 #include "plan/cache.h"
 
 namespace sparse_attn {
 namespace {
-
-DataType data_type(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return DataType::kFloat64;
-    case at::kBFloat16:
-      return DataType::kBFloat16;
-    case at::kHalf:
-      return DataType::kFloat16;
-    default:
-      return DataType::kFloat32;
-  }
-}
-
-/// Strides are free as long as the last one is 1.
-at::Tensor with_unit_stride(const at::Tensor& tensor) {
-  return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
-}
-
-TensorView view(const at::Tensor& tensor) {
-  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-/// A constant tensor may be shared copy-on-write: reading it must not copy it.
-TensorView const_view(const at::Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2)};
-}
 
 void run_threads(int threads, void (*body)(void*, int), void* context) {
   at::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -65,18 +38,7 @@ class Call {
       : query_(with_unit_stride(a.query)),
         key_(with_unit_stride(a.key)),
         value_(with_unit_stride(a.value)) {
-    params.dtype = data_type(a.query.scalar_type());
-    params.batch = a.query.size(0);
-    params.heads = a.query.size(1);
-    params.heads_kv = a.key.size(1);
-    params.n_q = a.query.size(2);
-    params.n_k = a.key.size(2);
-    params.head_dim = a.query.size(3);
-    params.value_dim = a.value.size(3);
-    params.scale = a.scale.value_or(default_scale(a.query));
-    params.query = const_view(query_);
-    params.key = const_view(key_);
-    params.value = const_view(value_);
+    params = params_of(a, query_, key_, value_);
     if (a.key_padding_mask) {
       padding_ = a.key_padding_mask->contiguous();
       params.key_padding = static_cast<const std::uint8_t*>(padding_.const_data_ptr());
@@ -169,10 +131,6 @@ class Call {
   std::vector<const PlanView*> plans_;
 };
 
-bool is_empty(const AttentionArguments& a) {
-  return a.query.size(0) == 0 || a.query.size(1) == 0 || a.query.size(2) == 0;
-}
-
 const cpu::Kernels& kernels_for(const at::Tensor& query) {
   return with_value_errors(
       [&]() -> const cpu::Kernels& { return cpu::kernels(data_type(query.scalar_type())); });
@@ -181,11 +139,9 @@ const cpu::Kernels& kernels_for(const at::Tensor& query) {
 Outputs attention_cpu(c10::DispatchKeySet, const AttentionArguments& a) {
   const Expression pattern = check_attention(a);
   const at::Tensor output = empty_rows(a.query, a.value.size(3));
-  const at::Tensor lse = at::empty({a.query.size(0), a.query.size(1), a.query.size(2)},
-                                   a.query.options().dtype(lse_type(a.query)));
+  const at::Tensor lse = empty_lse(a.query);
   if (is_empty(a)) return {output, lse};
-  if (a.key.size(2) == 0)
-    return {output.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
+  if (a.key.size(2) == 0) return without_keys(output, lse);
   Call call(a, pattern, Direction::kForward);
   call.params.output = view(output);
   call.params.lse = lse.mutable_data_ptr();

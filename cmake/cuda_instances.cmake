@@ -1,0 +1,64 @@
+# sparse_attn_add_cuda(<library> LANGUAGE <CUDA|CXX> [SOURCES <device.cu or its stand-in>]) makes a static library of the CUDA
+# kernels: one text, compiled once for each storage type, and for the tensor cores once for each head size as well. As CXX it is
+# what the emulator of tests/native runs.
+
+set(SPARSE_ATTN_HEAD_SIZES 32 64 96 128 192 256 CACHE STRING
+    "Head sizes of the tensor-core kernels; what lies between takes the next, what lies beyond the portable kernels")
+set(SPARSE_ATTN_TENSOR_CORE_SCALARS bfloat16 float16 float32 CACHE STRING
+    "Storage types of the tensor-core kernels; float32 stands for TF32")
+set(SPARSE_ATTN_LARGEST_TF32_HEAD 128) # beyond, the tiles do not fit shared memory: see csrc/cuda/config.h
+
+function(sparse_attn_add_cuda library)
+  cmake_parse_arguments(arg "" "LANGUAGE" "SOURCES" ${ARGN})
+  set(root ${sparse_attn_SOURCE_DIR}/csrc/cuda)
+  set_source_files_properties(${root}/simt.cu ${root}/mma.cu ${root}/evaluate.cu
+                              PROPERTIES LANGUAGE ${arg_LANGUAGE})
+  add_library(${library} STATIC ${root}/run.cpp ${root}/dispatch.cpp ${root}/evaluate.cu ${arg_SOURCES})
+  set(parts ${library})
+  foreach(scalar float32 float64 bfloat16 float16)
+    sparse_attn_add_cuda_part(${library}_simt_${scalar} simt.cu ${scalar})
+  endforeach()
+  set(instances)
+  foreach(scalar IN LISTS SPARSE_ATTN_TENSOR_CORE_SCALARS)
+    foreach(size IN LISTS SPARSE_ATTN_HEAD_SIZES)
+      if(scalar STREQUAL "float32" AND size GREATER SPARSE_ATTN_LARGEST_TF32_HEAD)
+        continue()
+      endif()
+      sparse_attn_add_cuda_part(${library}_mma_${scalar}_${size} mma.cu ${scalar} ${size})
+      string(APPEND instances "X(${scalar}, ${size}) ")
+    endforeach()
+  endforeach()
+  if(arg_LANGUAGE STREQUAL "CXX")
+    set(includes ${sparse_attn_SOURCE_DIR}/tests/native/emulator) # its cuda/ptx.cuh comes before ours
+  endif()
+  foreach(part IN LISTS parts)
+    target_include_directories(${part} PRIVATE ${includes} ${sparse_attn_SOURCE_DIR}/csrc)
+    target_compile_features(${part} PRIVATE cxx_std_17)
+    target_compile_options(${part} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wno-unknown-pragmas>)
+    target_link_libraries(${part} PRIVATE $<BUILD_INTERFACE:sparse_attn_options>)
+  endforeach()
+  target_compile_definitions(${library} PRIVATE "SPARSE_ATTN_MMA_INSTANCES=${instances}")
+  target_link_libraries(${library} PUBLIC sparse_attn_core)
+endfunction()
+
+macro(sparse_attn_add_cuda_part part source scalar)
+  add_library(${part} OBJECT ${root}/${source})
+  target_compile_definitions(${part} PRIVATE SPARSE_ATTN_SCALAR=${scalar})
+  if(${ARGC} GREATER 3)
+    target_compile_definitions(${part} PRIVATE SPARSE_ATTN_HEAD_SIZE=${ARGV3})
+    if(arg_LANGUAGE STREQUAL "CUDA")
+      # ldmatrix of bfloat16, cp.async and mma of these shapes begin with sm_80.
+      set(with_tensor_cores ${CMAKE_CUDA_ARCHITECTURES})
+      list(FILTER with_tensor_cores EXCLUDE REGEX "^7")
+      set_target_properties(${part} PROPERTIES CUDA_ARCHITECTURES "${with_tensor_cores}")
+    endif()
+  endif()
+  target_sources(${library} PRIVATE $<TARGET_OBJECTS:${part}>)
+  list(APPEND parts ${part})
+endmacro()
+
+# The same on the emulator.
+function(sparse_attn_add_emulated_cuda library)
+  sparse_attn_add_cuda(${library} LANGUAGE CXX
+                       SOURCES ${sparse_attn_SOURCE_DIR}/tests/native/emulator/device.cpp)
+endfunction()

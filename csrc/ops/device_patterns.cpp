@@ -1,0 +1,162 @@
+#include "ops/device_patterns.h"
+
+#include <algorithm>
+
+namespace sparse_attn {
+namespace {
+
+/// (batch or 1, heads or 1, ...), contiguous.
+ProgramTensor program_tensor(const at::Tensor& tensor, std::int64_t columns) {
+  const auto bytes = static_cast<std::int64_t>(tensor.element_size());
+  const auto stride = [&](int dim) {
+    return tensor.size(dim) == 1 ? 0 : tensor.stride(dim) * bytes;
+  };
+  return {tensor.const_data_ptr(), stride(0), stride(1), columns};
+}
+
+void check(const at::Tensor& holds, bool capturing, const char* name, const std::string& range) {
+  const at::Tensor all = holds.all();
+  if (capturing) {
+    at::_assert_async(all);
+    return;
+  }
+  TORCH_CHECK_VALUE(all.item<bool>(), "sparse_attn: expected ", name, " in ", range,
+                    ", got others");
+}
+
+/// The keys of each query, ascending; n_k where its list ends.
+at::Tensor sorted_lists(const at::Tensor& indices, const at::Tensor* counts, std::int64_t n_k,
+                        bool capturing) {
+  const std::int64_t columns = indices.size(-1);
+  at::Tensor keys = indices;
+  at::Tensor is_key = (keys >= 0).logical_and(keys < n_k);
+  if (counts) {
+    check((*counts >= 0).logical_and(*counts <= columns), capturing, "counts",
+          "[0, " + std::to_string(columns) + "], the width of indices");
+    const at::Tensor beyond =
+        at::arange(columns, keys.options()).ge(counts->unsqueeze(-1));  // (..., queries, columns)
+    is_key = is_key.logical_or(beyond);
+    keys = at::where(beyond, at::scalar_tensor(n_k, keys.options()), keys);
+  }
+  check(is_key, capturing, "indices", "[0, " + std::to_string(n_k) + ")");
+  return std::get<0>(keys.sort(-1)).contiguous();
+}
+
+/// Along the second dimension; equal elements keep their order.
+std::tuple<at::Tensor, at::Tensor> stable_sort(const at::Tensor& tensor) {
+  return tensor.sort(std::optional<bool>(true), /*dim=*/1);
+}
+
+/// The places of the true ones first, ascending.
+at::Tensor places(const at::Tensor& mask) {
+  return std::get<1>(stable_sort(mask.logical_not().to(at::kByte))).contiguous();
+}
+
+/// A table of ListsView for `count` lists whose parts lie so many bytes apart.
+at::Tensor views_of(const at::Tensor& starts, std::int64_t starts_stride, const at::Tensor& items,
+                    std::int64_t items_stride, std::int64_t count) {
+  const auto addresses = [&](const at::Tensor& tensor, std::int64_t stride) {
+    const auto base = reinterpret_cast<std::int64_t>(tensor.const_data_ptr());
+    return at::arange(count, tensor.options().dtype(at::kLong)) * stride + base;
+  };
+  static_assert(sizeof(ListsView) == 2 * sizeof(std::int64_t));
+  return at::stack({addresses(starts, starts_stride), addresses(items, items_stride)}, 1)
+      .contiguous();
+}
+
+}  // namespace
+
+DevicePatterns::DevicePatterns(const AttentionArguments& a, const Expression& pattern,
+                               bool capturing) {
+  add_tensors(pattern, a.pattern_tensors, a.key.size(2), capturing);
+  if (a.global_mask) add_globals(a.global_mask->contiguous(), a.query.size(2));
+}
+
+void DevicePatterns::add_tensors(const Expression& pattern, const OptionalTensors& given,
+                                 std::int64_t n_k, bool capturing) {
+  const PatternTensors own(pattern, given);
+  batch_ = own.batch(pattern);
+  heads_ = own.heads(pattern);
+  const std::vector<at::Tensor> all = own.tensors();
+  TORCH_CHECK_NOT_IMPLEMENTED(all.size() < kMostTensors, "sparse_attn: expected fewer than ",
+                              kMostTensors, " tensors in a pattern on this device, got ",
+                              all.size());
+  for (const Expression* user : tensor_users(pattern)) {
+    const auto i = static_cast<std::size_t>(user->tensor);
+    at::Tensor tensor = all[i];
+    if (user->word == Word::kKeyLists) {
+      const at::Tensor* counts = own_tensors(*user) > 1 ? &all[i + 1] : nullptr;
+      tensor = sorted_lists(tensor, counts, n_k, capturing);
+      widest_list_ = std::max(widest_list_, tensor.size(-1));
+    }
+    tensors_[i] = program_tensor(tensor, tensor.size(-1));
+    kept_.push_back(tensor);
+  }
+  next_tensor_ = static_cast<std::int32_t>(all.size());
+}
+
+void DevicePatterns::add_globals(const at::Tensor& mask, std::int64_t n_q) {
+  const std::int64_t n_k = mask.size(1), offset = n_k - n_q;
+  const at::Tensor of_queries = offset > 0 ? mask.narrow(1, offset, n_q) : mask;
+  const at::Tensor keys = places(mask), key_counts = mask.sum(1),
+                   queries = places(of_queries) - std::min<std::int64_t>(offset, 0),
+                   query_counts = of_queries.sum(1);
+  global_.keys = keys.const_data_ptr<std::int64_t>();
+  global_.key_counts = key_counts.const_data_ptr<std::int64_t>();
+  global_.queries = queries.const_data_ptr<std::int64_t>();
+  global_.query_counts = query_counts.const_data_ptr<std::int64_t>();
+  global_.capacity_keys = n_k;
+  global_.capacity_queries = of_queries.size(1);
+  global_tensor_ = next_tensor_;
+  tensors_[static_cast<std::size_t>(global_tensor_)] = {mask.const_data_ptr(), n_k, 0, n_k};
+  kept_.insert(kept_.end(), {mask, keys, key_counts, queries, query_counts});
+}
+
+void DevicePatterns::put_into(cuda::Call& call, bool backward) {
+  std::copy(tensors_.begin(), tensors_.end(), call.tensors);
+  call.global = global_;
+  if (widest_list_ > 0) make_lists(call, backward);
+}
+
+void DevicePatterns::make_lists(cuda::Call& call, bool backward) {
+  const AttentionParams& p = call.params;
+  const std::int64_t heads = heads_ > 1 ? p.heads : call.plan_heads, lists = batch_ * heads;
+  const std::int64_t columns = widest_list_;
+  const auto parts = static_cast<std::int64_t>(call.image->listed().size());
+  const auto options = kept_[0].options();
+  const at::Tensor items = at::empty({lists, p.n_q * parts * columns}, options.dtype(at::kInt));
+  cuda::ListFilter filter;
+  filter.arguments.call = p;
+  filter.arguments.plan_heads = call.plan_heads;
+  std::copy(tensors_.begin(), tensors_.end(), filter.arguments.tensors);
+  filter.items = items.mutable_data_ptr<std::int32_t>();
+  filter.width = parts * columns;
+  filter.columns = columns;
+  filter.list_batch = batch_;
+  filter.list_heads = heads;
+  for (const std::int64_t table : call.image->listed()) {
+    filter.arguments.passes = reinterpret_cast<const GridPass*>(call.base + table);
+    cuda::filter_lists(filter, call.stream);
+    filter.first_column += columns;
+  }
+  const at::Tensor starts = at::arange(p.n_q + 1, options.dtype(at::kLong)) * filter.width;
+  const at::Tensor by_query = views_of(starts, 0, items, items.stride(0) * 4, lists);
+  call.lists.keys_of_query = static_cast<const ListsView*>(by_query.const_data_ptr());
+  call.lists.batch = static_cast<std::int32_t>(batch_);
+  call.lists.heads = static_cast<std::int32_t>(heads);
+  kept_.insert(kept_.end(), {items, starts, by_query});
+  if (!backward) return;
+  // The same pairs by key, in the order of the queries. Those that are not allowed come last.
+  const at::Tensor keys = at::where(items < 0, static_cast<int>(p.n_k), items);
+  const auto [sorted, order] = stable_sort(keys);
+  const at::Tensor queries = order.floor_divide(filter.width).to(at::kInt).contiguous();
+  const at::Tensor each =
+      at::arange(p.n_k + 1, options.dtype(at::kInt)).expand({lists, p.n_k + 1}).contiguous();
+  const at::Tensor ends = at::searchsorted(sorted.contiguous(), each).contiguous();
+  const at::Tensor by_key =
+      views_of(ends, ends.stride(0) * 8, queries, queries.stride(0) * 4, lists);
+  call.lists.queries_of_key = static_cast<const ListsView*>(by_key.const_data_ptr());
+  kept_.insert(kept_.end(), {queries, ends, by_key});
+}
+
+}  // namespace sparse_attn

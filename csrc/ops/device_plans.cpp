@@ -1,0 +1,81 @@
+#include "ops/device_plans.h"
+
+#include <mutex>
+#include <set>
+
+#include "ops/checks.h"
+#include "plan/head_plan.h"
+#include "plan/lru_cache.h"
+
+namespace sparse_attn {
+namespace {
+
+LruCache<DevicePlans>& cache() {
+  static LruCache<DevicePlans> plans;
+  return plans;
+}
+
+/// Graphs hold addresses of these plans: they are never freed.
+void keep_for_graphs(const std::shared_ptr<const DevicePlans>& plans) {
+  static std::mutex mutex;
+  static std::set<std::shared_ptr<const DevicePlans>> kept;
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept.insert(plans);
+}
+
+Words words_of(at::ArrayRef<Expression> patterns, const GridKey& key, at::Device device) {
+  Words words{static_cast<std::int64_t>(device.type()),
+              device.index(),
+              key.sizes.n_q,
+              key.sizes.n_k,
+              key.grouping.rows,
+              key.grouping.keys,
+              key.heads,
+              key.backward,
+              key.global_tensor};
+  for (const Expression& pattern : patterns) {
+    const Words one = encode(pattern);
+    words.insert(words.end(), one.begin(), one.end());
+  }
+  return words;
+}
+
+std::shared_ptr<const DevicePlans> make(at::ArrayRef<Expression> patterns, const GridKey& key,
+                                        at::Device device) {
+  std::vector<HeadPlan> heads;
+  for (const Expression& pattern : patterns)
+    heads.push_back(head_plan(pattern, key.sizes, key.global_tensor));
+  return std::make_shared<const DevicePlans>(
+      GridImage(heads, {key.grouping, key.heads, key.backward}), device);
+}
+
+}  // namespace
+
+DevicePlans::DevicePlans(GridImage image, at::Device device) : image_(std::move(image)) {
+  const auto options = at::TensorOptions().dtype(at::kByte);
+  copy_ = at::empty({image_.size()}, options.device(device));
+  std::vector<char> bytes = image_.at(copy_.data_ptr());
+  copy_.copy_(at::from_blob(bytes.data(), {image_.size()}, options));  // done when it returns
+  image_.drop_bytes();
+}
+
+void DevicePlans::used_on(c10::Stream stream) const {
+  if (copy_.is_cuda()) copy_.record_stream(stream);
+}
+
+std::shared_ptr<const DevicePlans> device_plans(at::ArrayRef<Expression> patterns,
+                                                const GridKey& key, at::Device device,
+                                                bool capturing) {
+  auto plans = cache().get(words_of(patterns, key, device), [&] {
+    TORCH_CHECK(!capturing,
+                "sparse_attn: expected one call with this pattern and these sizes before a graph "
+                "is captured, so that its plan is on the device; got the first during the capture");
+    return with_value_errors([&] { return make(patterns, key, device); });
+  });
+  if (capturing) keep_for_graphs(plans);
+  return plans;
+}
+
+void clear_device_plans() { cache().clear(); }
+
+}  // namespace sparse_attn
