@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace sparse_attn {
 
 /// What the numbers of one seed are for: streams that never meet.
@@ -13,7 +15,8 @@ struct Random4 {
   std::uint32_t word[4];
 };
 
-inline Random4 philox(std::uint64_t seed, std::uint32_t a, std::uint32_t b, Stream stream) {
+SPARSE_ATTN_HOST_DEVICE inline Random4 philox(std::uint64_t seed, std::uint32_t a, std::uint32_t b,
+                                              Stream stream) {
   auto key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
   Random4 x{{a, b, 0, static_cast<std::uint32_t>(stream)}};
   for (int round = 0; round < 10; ++round) {

@@ -8,6 +8,7 @@ tensors stand in SIZED.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 import sparse_attn
+
+# Where the tensors of the tests lie: pytest's --device, also in the processes that tests start.
+DEVICE = torch.device(os.environ.get("SPARSE_ATTN_TEST_DEVICE", "cpu"))
 
 # Expressions, so that the library and the reference each read them with their own names.
 # They hold for every length >= 1 and for 4 heads.
@@ -176,9 +180,20 @@ HEAD_DIMS = (1, 7, 32, 40, 64, 80, 96, 128, 200, 256, 300)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def random(*size: int, seed: int = 0) -> Tensor:
+    """Uniform float32 in [0, 1) on DEVICE, drawn on the CPU: the same numbers on every device."""
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def normal(*size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal on DEVICE, drawn on the CPU in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
 def bits(*size: int, share: float = 0.5) -> Tensor:
     """A bool tensor with about this share of true elements, the same one for the same size."""
-    return torch.rand(size, generator=torch.Generator().manual_seed(0)) < share
+    return random(*size) < share
 
 
 def blocks(length: int, block: int) -> int:
@@ -188,7 +203,8 @@ def blocks(length: int, block: int) -> int:
 
 def numbers(*size: int, below: int) -> Tensor:
     """An int64 tensor of numbers from 0 on, the same one for the same size."""
-    return torch.randint(below, size, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(below, size, generator=generator).to(DEVICE)
 
 
 TENSORS = {"bits": bits, "blocks": blocks, "numbers": numbers}
@@ -236,20 +252,19 @@ def inputs(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> l
         (shape.batch, kv_heads, n_k, shape.head_dim),
         (shape.batch, kv_heads, n_k, value_dim),
     )
-    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    drawn = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    return [x.to(DEVICE, dtype) for x in drawn]
 
 
 def padding(batch: int, n_k: int) -> Tensor:
     """Key padding of another length per example; the second example keeps one key, at most."""
     lengths = [(2 * n_k + 2) // 3, 1, n_k][:batch]
-    return torch.arange(n_k) >= torch.tensor(lengths)[:, None]
+    return torch.arange(n_k, device=DEVICE) >= torch.tensor(lengths, device=DEVICE)[:, None]
 
 
 def global_tokens(batch: int, n_k: int, seed: int = 0) -> Tensor:
     """A global mask with other tokens, and other numbers of them, per example."""
-    generator = torch.Generator().manual_seed(seed)
-    share = torch.linspace(0.05, 0.2, batch)[:, None]
-    return torch.rand(batch, n_k, generator=generator) < share
+    return random(batch, n_k, seed=seed) < torch.linspace(0.05, 0.2, batch, device=DEVICE)[:, None]
 
 
 def check(

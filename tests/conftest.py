@@ -1,4 +1,7 @@
-"""The slice: tests marked `sample` run in part, another part for every commit.
+"""The device of the tests, and the slice that runs of those marked `sample`.
+
+`--device cuda` (or SPARSE_ATTN_TEST_DEVICE=cuda) puts the tensors of the tests on the GPU. Tests
+marked `sample` run in part, another part for every commit.
 
 `SPARSE_ATTN_FULL=1` runs everything, `SPARSE_ATTN_SEED` chooses the part (by default the commit
 hash), and a test that the command line names (with `::`) always runs.
@@ -43,14 +46,45 @@ def runs_everything(config: pytest.Config) -> bool:
     return FULL or any("::" in arg for arg in config.args)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default=os.environ.get("SPARSE_ATTN_TEST_DEVICE", "cpu"),
+        help="of the tensors of the tests: cpu, cuda, cuda:1 (default: SPARSE_ATTN_TEST_DEVICE)",
+    )
+
+
+def check_device(name: str) -> None:
+    """Refuses what no test could run on, before thousands of them fail one by one."""
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise pytest.UsageError(f"--device {name}: {error}") from None
+    if kind not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--device {name}: expected cpu or cuda")
+    if kind == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {name}: torch {torch.__version__} sees no CUDA device")
+    import sparse_attn  # noqa: F401 - defines the operator
+
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not has_kernel("sparse_attn::attention", "CUDA"):
+        raise pytest.UsageError(f"--device {name}: this build of sparse_attn has no CUDA kernels")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    check_device(config.getoption("device"))
+    # For cases.DEVICE, here and in the processes that tests start.
+    os.environ["SPARSE_ATTN_TEST_DEVICE"] = config.getoption("device")
     config.addinivalue_line("markers", "sample: a part runs by default, SPARSE_ATTN_FULL=1 all")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
+    where = f"sparse_attn on {config.getoption('device')}"
     if runs_everything(config):
-        return "sparse_attn: all tests"
-    return f"sparse_attn: a slice, seed {slice_seed()} (SPARSE_ATTN_FULL=1 runs everything)"
+        return f"{where}: all tests"
+    return f"{where}: a slice, seed {slice_seed()} (SPARSE_ATTN_FULL=1 runs everything)"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -197,7 +197,7 @@ def FirstLast(first: int, last: int) -> Rule:
 
 
 def BlockLayout(layout: Tensor, block: int) -> Rule:
-    table = layout.numpy()
+    table = layout.cpu().numpy()
     return Rule(lambda at: table[..., at.row // block, at.j // block])
 
 
@@ -206,9 +206,9 @@ def Mask(mask: Tensor) -> Rule:
 
 
 def KeyLists(indices: Tensor, counts: Tensor | None = None) -> Rule:
-    lists = indices.numpy()[..., None]
+    lists = indices.cpu().numpy()[..., None]
     places = np.arange(lists.shape[-2])[:, None]
-    held = places < (lists.shape[-2] if counts is None else counts.numpy()[..., None, None])
+    held = places < (lists.shape[-2] if counts is None else counts.cpu().numpy()[..., None, None])
     return Rule(lambda at: ((lists == at.j) & held).any(-2))
 
 
@@ -225,15 +225,15 @@ def allowed_pairs(
 ) -> Tensor:
     """The (B or 1, Hq, Nq, Nk) mask of one call: pattern, global tokens, then padding."""
     heads, n_q, n_k = query.shape[1], query.shape[2], key.shape[2]
-    allowed = torch.from_numpy(rule.mask(n_q, n_k, heads).copy())
+    allowed = torch.from_numpy(rule.mask(n_q, n_k, heads).copy()).to(query.device)
     if allowed.ndim == 3:
         allowed = allowed[None]
     if global_mask is not None:
-        position = torch.arange(n_q) + n_k - n_q
+        position = torch.arange(n_q, device=query.device) + n_k - n_q
         rows = global_mask[:, position.clamp(min=0)] & (position >= 0)
         allowed = allowed | global_mask[:, None, None, :] | rows[:, None, :, None]
         if rule.causal:
-            allowed = allowed & (torch.arange(n_k) <= position[:, None])
+            allowed = allowed & (torch.arange(n_k, device=query.device) <= position[:, None])
     if key_padding_mask is not None:
         allowed = allowed & ~key_padding_mask[:, None, None, :]
     return allowed
@@ -336,8 +336,10 @@ def check(
     generator = torch.Generator().manual_seed(1)
     shape = (*query.shape[:3], value.shape[-1])
     # Drawn in the inputs' dtype, so that every side is given the same cotangent.
-    grad_output = torch.randn(shape, generator=generator, dtype=torch.float64).to(query.dtype)
-    grad_lse = torch.randn(shape[:3], generator=generator) if lse_gradient else None
+    grad_output = torch.randn(shape, generator=generator, dtype=torch.float64).to(query)
+    grad_lse = None
+    if lse_gradient:
+        grad_lse = torch.randn(shape[:3], generator=generator).to(query.device)
 
     def run(function: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Tensor]) -> dict:
         return with_gradients(

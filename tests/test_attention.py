@@ -7,7 +7,7 @@ import cases
 import pytest
 import reference
 import torch
-from cases import DTYPES, HEAD_DIMS, PATTERNS, SHAPES, Shape, check, inputs
+from cases import DEVICE, DTYPES, HEAD_DIMS, PATTERNS, SHAPES, Shape, check, inputs
 
 from sparse_attn import BigBird, Full, Global, RandomTokens, Strided, Window, attention
 
@@ -103,14 +103,14 @@ def test_padding(name, dtype):
 
 
 def test_padding_may_have_holes():
-    holes = torch.rand(2, 131, generator=torch.Generator().manual_seed(0)) < 0.4
+    holes = cases.random(2, 131) < 0.4
     check("Window(9) | Global([0, -1])", inputs(SHAPES["base"]), key_padding_mask=holes)
 
 
 @pytest.mark.parametrize("name", ["window", "per_head", "global"])
 def test_padding_of_everything_gives_zeros(name):
     query, key, value = (x.requires_grad_() for x in inputs(SHAPES["base"]))
-    mask = torch.tensor([[True], [False]]).expand(2, 131)
+    mask = torch.tensor([[True], [False]], device=DEVICE).expand(2, 131)
     output, lse = attention(
         query, key, value, cases.pattern(name), key_padding_mask=mask, return_lse=True
     )
@@ -161,7 +161,7 @@ def test_global_mask_with_padding_and_other_lengths(expression, n_q, n_k):
 
 @pytest.mark.parametrize("expression", WITH_GLOBAL_MASK)
 def test_global_mask_from_nobody_to_everybody(expression):
-    mask = torch.zeros(4, 70, dtype=torch.bool)
+    mask = torch.zeros(4, 70, dtype=torch.bool, device=DEVICE)
     mask[1] = True
     mask[2, -1] = True
     mask[3, ::2] = True
@@ -200,10 +200,10 @@ def test_layouts_change_nothing(name, layout, dtype):
 
 def test_packed_projection():
     """Query, key and value as three views of one (B, N, 3, H, D) tensor, and its gradient."""
-    packed = torch.randn(2, 70, 3, 4, 32, dtype=torch.float64, requires_grad=True)
+    packed = cases.normal(2, 70, 3, 4, 32).requires_grad_()
     query, key, value = packed.permute(2, 0, 3, 1, 4)
     ours = attention(query, key, value, Window(9))
-    allowed = torch.from_numpy(reference.Window(9).mask(70, heads=4).copy())
+    allowed = reference.allowed_pairs(reference.Window(9), query, key)
     dense, _ = reference.dense_attention(query, key, value, allowed)
     torch.testing.assert_close(ours, dense)
     ours, expected = (torch.autograd.grad(x.square().sum(), packed)[0] for x in (ours, dense))
@@ -291,7 +291,7 @@ def test_empty(pattern, batch, n_q, n_k, value_dim, dtype):
 
 
 def test_no_heads():
-    nothing = torch.zeros(2, 0, 9, 8)
+    nothing = torch.zeros(2, 0, 9, 8, device=DEVICE)
     assert attention(nothing, nothing, nothing, Window(3)).shape == (2, 0, 9, 8)
 
 
@@ -312,7 +312,7 @@ def threads():
 def test_the_same_bits_for_any_number_of_threads(name, dtype, shape, threads):
     tensors = inputs(shape, dtype)
     n = tensors[1].shape[2]
-    cotangents = (inputs(shape, dtype, seed=1)[0], torch.randn(tensors[0].shape[:3]))
+    cotangents = (inputs(shape, dtype, seed=1)[0], cases.normal(*tensors[0].shape[:3]))
 
     def run(number: int) -> dict[str, torch.Tensor]:
         threads(number)
@@ -371,12 +371,12 @@ def test_peaked_rows(expression, factor):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_logits_near_the_largest_float(sign):
-    query = torch.full((1, 1, 9, 4), 1e18)
-    key = sign * torch.full((1, 1, 9, 4), 1e18)
-    value = torch.randn(1, 1, 9, 4)
+    query = torch.full((1, 1, 9, 4), 1e18, device=DEVICE)
+    key = sign * query
+    value = cases.normal(1, 1, 9, 4, dtype=torch.float32)
     output, lse = attention(query, key, value, Window(0), return_lse=True)
     torch.testing.assert_close(output, value)
-    torch.testing.assert_close(lse, torch.full((1, 1, 9), sign * 2e36))
+    torch.testing.assert_close(lse, torch.full_like(lse, sign * 2e36))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -387,7 +387,7 @@ def test_nan_stays_nan(where, dtype):
     tensors[where][:, :, 50] = math.nan
     leaves = [x.requires_grad_() for x in tensors]
     output = attention(*leaves, Window(9))
-    seen = torch.zeros(100, dtype=torch.bool)
+    seen = torch.zeros(100, dtype=torch.bool, device=DEVICE)
     seen[50 if where == 0 else slice(41, 60)] = True
     assert output[:, :, seen].isnan().all()
     if where == 0:
@@ -454,7 +454,7 @@ def test_padded_keys_are_ignored_whatever_they_hold(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_without_keys_have_no_gradient_whatever_comes(dtype):
     tensors = [x.requires_grad_() for x in inputs(Shape(n_q=70, head_dim=16), dtype)]
-    mask = torch.zeros(tensors[0].shape[0], 70, dtype=torch.bool)
+    mask = torch.zeros(tensors[0].shape[0], 70, dtype=torch.bool, device=DEVICE)
     mask[:, 3] = True  # and query 3 sees only itself
     output = attention(*tensors, Window(0), key_padding_mask=mask)
     grad = torch.ones_like(output)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import Shape
+from cases import DEVICE, Shape
 from test_errors import refuses
 
 from sparse_attn import Causal, Full, Pattern, Window, attention
@@ -111,13 +111,13 @@ class Recorder:
 
     def make_layout(self, seq_len: int) -> torch.Tensor:
         assert seq_len not in self.made
-        self.made[seq_len] = self.config.make_layout(seq_len)
+        self.made[seq_len] = self.config.make_layout(seq_len).to(DEVICE)
         return self.made[seq_len]
 
     def mask(self, n: int) -> torch.Tensor:
         """The layout of the next multiple of the block, in tokens, cropped."""
         layout = self.made[-(-n // self.block) * self.block]
-        tokens = np.kron(layout.numpy(), np.ones((self.block, self.block))) != 0
+        tokens = np.kron(layout.cpu().numpy(), np.ones((self.block, self.block))) != 0
         return torch.from_numpy(tokens[:, :n, :n])
 
 
@@ -146,7 +146,7 @@ def test_attention_is_dense_attention_under_the_layout(name, causal):
 
     tensors = cases.inputs(Shape(n_q=n, head_dim=16))
     ours(*tensors)
-    allowed = recorder.mask(n)[None]
+    allowed = recorder.mask(n)[None].to(DEVICE)
     reference.check(ours, tensors, allowed.tril() if causal else allowed)
 
 
@@ -156,7 +156,8 @@ def test_a_layout_itself(size, dtype):
     layout = (5 * cases.bits(*size)).to(dtype)
     pattern = Pattern.from_deepspeed(SimpleNamespace(block=16, layout=layout))
     expected = (layout != 0).repeat_interleave(16, -2).repeat_interleave(16, -1)
-    assert torch.equal(pattern.mask(40, heads=HEADS), expected[..., :40, :40].expand(HEADS, 40, 40))
+    expected = expected[..., :40, :40].expand(HEADS, 40, 40)
+    assert torch.equal(pattern.mask(40, heads=HEADS), expected.cpu())
 
 
 def test_it_joins_other_patterns():

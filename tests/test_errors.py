@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cases
 import pytest
 import torch
-from cases import Shape
+from cases import DEVICE, Shape
 
 from sparse_attn import Causal, Full, Global, GlobalKeys, GlobalQueries, PerHead, Window, attention
 
@@ -34,7 +34,9 @@ MODES = {
 }
 
 
-def zeros(*size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+def zeros(
+    *size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = DEVICE
+) -> torch.Tensor:
     return torch.zeros(size, dtype=dtype, device=device)
 
 
@@ -252,11 +254,11 @@ def test_tokens_out_of_range(kind, token):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("bias", torch.zeros(4, 7)),
-        ("gate", torch.ones(4, 7)),
+        ("bias", zeros(4, 7)),
+        ("gate", zeros(4, 7)),
         ("dropout_p", 0.1),
         ("softcap", 20.0),
-        ("sink", torch.zeros(4)),
+        ("sink", zeros(4)),
     ],
 )
 def test_arguments_of_later_versions(name, value):
@@ -278,7 +280,7 @@ def test_no_such_dropout(value):
 def test_pattern_tensors_are_for_later():
     tensors, pattern = cases.inputs(SHAPE), list(Window(3).encode())
     refuses(
-        lambda: OPS.attention(*tensors, pattern, [torch.zeros(3)]),
+        lambda: OPS.attention(*tensors, pattern, [zeros(3)]),
         (ValueError, NotImplementedError),
         ["pattern_tensors"],
     )

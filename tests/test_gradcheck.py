@@ -3,7 +3,7 @@
 import cases
 import pytest
 import torch
-from cases import PATTERNS, SIZED, Shape
+from cases import DEVICE, PATTERNS, SIZED, Shape
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -49,7 +49,7 @@ def test_shapes(name, shape):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_masks(name):
     shape = SMALL._replace(batch=2, n_q=6)
-    global_mask = torch.tensor([[0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    global_mask = torch.tensor([[0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0]], device=DEVICE).bool()
     padding = cases.padding(2, 6)
     # Which heads are causal decides what global tokens mean; a mixed list is a case of its own.
     if name != "per_head":

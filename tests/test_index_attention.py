@@ -4,7 +4,7 @@ import cases
 import pytest
 import reference
 import torch
-from cases import DTYPES, Shape, inputs
+from cases import DEVICE, DTYPES, Shape, inputs
 
 from sparse_attn import Causal, Global, KeyLists, RandomTokens, Window, attention
 from sparse_attn.functional import index_attention
@@ -18,13 +18,14 @@ def lists(shape, width=7, seed=0):
     n_k = shape.n_q if shape.n_k is None else shape.n_k
     rows = (shape.batch, shape.heads, shape.n_q)
     indices = torch.randint(n_k, (*rows, width), generator=generator)
-    return indices, torch.randint(width + 1, rows, generator=generator)
+    counts = torch.randint(width + 1, rows, generator=generator)
+    return indices.to(DEVICE), counts.to(DEVICE)
 
 
 def allowed(indices, counts, n_k):
     """The dense mask."""
-    listed = torch.arange(indices.shape[-1]) < counts[..., None]
-    mask = torch.zeros(*indices.shape[:-1], n_k, dtype=torch.int32)
+    listed = torch.arange(indices.shape[-1], device=DEVICE) < counts[..., None]
+    mask = torch.zeros(*indices.shape[:-1], n_k, dtype=torch.int32, device=DEVICE)
     return mask.scatter_add(-1, indices, listed.int()) > 0
 
 
@@ -64,10 +65,10 @@ def test_order_and_repetition_do_not_count():
 def test_long_lists_are_sorted_another_way():
     """Few keys of many go through a sort, many of few through a set of bits."""
     tensors = inputs(Shape(n_q=3, n_k=5000, head_dim=8, batch=1, heads=1))
-    few = torch.randint(5000, (3, 4), generator=torch.Generator().manual_seed(0))
-    many = torch.randint(5000, (3, 900), generator=torch.Generator().manual_seed(0))
+    few = cases.numbers(3, 4, below=5000)
+    many = cases.numbers(3, 900, below=5000)
     for indices in (few, many):
-        counts = torch.full((3,), indices.shape[1])
+        counts = torch.full((3,), indices.shape[1], device=DEVICE)
         exact = reference.dense_attention(*tensors, allowed(indices, counts, 5000))[0]
         torch.testing.assert_close(index_attention(*tensors, indices), exact)
 
@@ -143,8 +144,8 @@ def test_with_other_patterns():
     indices, counts = lists(shape)
     tensors = inputs(shape)
     dense = allowed(indices, counts, 80)
-    window = (Window(3) | Global([0])).mask(80)
-    causal = Causal().mask(80)
+    window = (Window(3) | Global([0])).mask(80).to(DEVICE)
+    causal = Causal().mask(80).to(DEVICE)
     of_lists = KeyLists(indices, counts)
     for pattern, mask in (
         (of_lists | Window(3) | Global([0]), dense | window),

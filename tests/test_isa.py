@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 
+import cases
 import pytest
 import torch
 
 import sparse_attn
+
+if cases.DEVICE.type != "cpu":
+    pytest.skip("instruction sets are the CPU's", allow_module_level=True)
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 LEVELS = {
@@ -26,8 +30,6 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess:
 
 def check_numbers() -> None:
     """Forward and backward, all dtypes, through the tiles, tails and paths of one kernel."""
-    import cases
-
     names = ["window", "dilated_5", "causal_global", "per_head", "empty_rows", "full"]
     for dtype in cases.DTYPES:
         for name in names:

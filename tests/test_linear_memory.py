@@ -5,8 +5,10 @@ import sys
 
 import cases
 import pytest
+import torch
+from cases import DEVICE
 
-from sparse_attn import plan_info
+from sparse_attn import attention, plan_info
 
 LONG, SHORT = 65536, 16384
 # Four times the length; the rest is for tiles at the edges.
@@ -79,11 +81,12 @@ print(step({long}))
 TENSOR = LONG * 16 * 4
 
 
+LINEAR = ["Window(256)", "Window(256) | Global(range(16))", "Window(128, dilation=4)"]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize(
-    "expression",
-    ["Window(256)", "Window(256) | Global(range(16))", "Window(128, dilation=4)"],
-)
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="/proc knows no memory of a GPU")
+@pytest.mark.parametrize("expression", LINEAR)
 def test_peak_memory(expression):
     program = PROBE.format(tests=sys.path[0], expression=expression, long=LONG)
     result = subprocess.run(
@@ -93,3 +96,14 @@ def test_peak_memory(expression):
     # Output, log-sum-exp and four gradients are 4.2 tensors of 4 MiB; as much again for the work.
     # One row of scores per query would be 16 GiB.
     assert int(result.stdout) <= 9 * TENSOR
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="asks torch's CUDA allocator")
+@pytest.mark.parametrize("expression", LINEAR)
+def test_peak_memory_of_a_gpu(expression):
+    shape = cases.Shape(n_q=LONG, head_dim=16, batch=1, heads=1)
+    leaves = [x.requires_grad_() for x in cases.inputs(shape)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(*leaves, cases.library(expression)).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before <= 9 * TENSOR

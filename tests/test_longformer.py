@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from cases import DEVICE
 from torch import Tensor
 
 from sparse_attn import LongformerSelfAttention
@@ -15,24 +16,23 @@ MASKED, GLOBAL = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 
 
 def hidden_states(batch: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, n, EMBED, generator=generator, dtype=torch.float64).to(dtype)
+    return cases.normal(batch, n, EMBED, seed=seed, dtype=dtype)
 
 
 def module(window: int = WINDOW, **options) -> LongformerSelfAttention:
     torch.manual_seed(0)
-    return LongformerSelfAttention(EMBED, HEADS, window, **options)
+    return LongformerSelfAttention(EMBED, HEADS, window, device=DEVICE, **options)
 
 
 def token_mask(lengths: list[int], n: int) -> Tensor:
-    return (torch.arange(n) < torch.tensor(lengths)[:, None]).long()
+    return (torch.arange(n, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]).long()
 
 
 def marks(tokens: list[list[int]], n: int) -> Tensor:
     mask = torch.zeros(len(tokens), n, dtype=torch.long)
     for row, chosen in zip(mask, tokens, strict=True):
         row[chosen] = 1
-    return mask
+    return mask.to(DEVICE)
 
 
 @pytest.fixture
@@ -47,12 +47,12 @@ def hugging_face():
         attention_probs_dropout_prob=0.0,
     )
     torch.manual_seed(1)
-    theirs = longformer.LongformerSelfAttention(config, layer_id=0).eval()
+    theirs = longformer.LongformerSelfAttention(config, layer_id=0).eval().to(DEVICE)
 
     def forward(x: Tensor, attention_mask: Tensor, global_attention_mask: Tensor) -> Tensor:
         """What LongformerModel does with 0/1 masks before it calls its layers."""
         merged = attention_mask * (global_attention_mask + 1)
-        numbers = torch.tensor([MASKED, 0.0, GLOBAL])[merged]
+        numbers = torch.tensor([MASKED, 0.0, GLOBAL], device=DEVICE)[merged]
         is_global = numbers > 0
         return theirs(
             x,
@@ -126,10 +126,10 @@ def dense_longformer(
     is_global = (global_mask == 1) & ~masked
     side = layer.attention_window // 2
     rules = [reference.Window(side, 0 if causal else side, d) for d in dilations]
-    local = torch.from_numpy(reference.PerHead(rules).mask(n, heads=HEADS))
+    local = torch.from_numpy(reference.PerHead(rules).mask(n, heads=HEADS)).to(DEVICE)
     local = local | is_global[:, None, None, :]
-    every = torch.from_numpy(np.tri(n, dtype=bool) if causal else np.ones((n, n), dtype=bool))
-    visible = every & ~masked[:, None, None, :]
+    every = np.tri(n, dtype=bool) if causal else np.ones((n, n), dtype=bool)
+    visible = torch.from_numpy(every).to(DEVICE) & ~masked[:, None, None, :]
 
     def attend(suffix: str, allowed: Tensor) -> Tensor:
         q, k, v = (
@@ -188,7 +188,7 @@ def test_any_length_and_any_window(n, window):
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize("global_mask", [None, torch.zeros(2, 20, dtype=torch.long)], ids=str)
+@pytest.mark.parametrize("global_mask", [None, marks([[], []], 20)], ids=str)
 def test_without_global_tokens_their_gradients_are_zero(global_mask):
     layer = module()
     layer(hidden_states(2, 20), None, global_mask)[0].square().sum().backward()
@@ -202,7 +202,7 @@ def test_without_global_tokens_their_gradients_are_zero(global_mask):
 
 def test_no_mask_is_a_mask_of_ones():
     layer, x = module(), hidden_states(2, 20)
-    ones, none = torch.ones(2, 20), torch.zeros(2, 20)
+    ones, none = torch.ones(2, 20, device=DEVICE), torch.zeros(2, 20, device=DEVICE)
     assert torch.equal(layer(x)[0], layer(x, ones, none)[0])
     assert torch.equal(layer(x)[0], layer(x, ones.bool(), none.bool())[0])
 
@@ -258,15 +258,19 @@ def test_compiles_with_masks():
         (lambda: module(dilation=0), ValueError, ["dilation", "0"]),
         (lambda: module(dilation=[1, 2, 3]), ValueError, ["dilation", "3", "4"]),
         (lambda: module(dropout=1.5), ValueError, ["dropout", "1.5"]),
-        (lambda: module()(torch.zeros(20, EMBED)), ValueError, ["hidden_states", "20, 32"]),
-        (lambda: module()(torch.zeros(2, 20, 31)), ValueError, ["hidden_states", "2, 20, 31"]),
+        (lambda: module()(hidden_states(1, 20)[0]), ValueError, ["hidden_states", "20, 32"]),
         (
-            lambda: module()(hidden_states(2, 20), torch.ones(2, 19)),
+            lambda: module()(hidden_states(2, 20)[..., 1:]),
+            ValueError,
+            ["hidden_states", "2, 20, 31"],
+        ),
+        (
+            lambda: module()(hidden_states(2, 20), token_mask([19, 19], 19)),
             ValueError,
             ["attention_mask", "2, 20", "2, 19"],
         ),
         (
-            lambda: module()(hidden_states(2, 20), None, torch.ones(1, 20)),
+            lambda: module()(hidden_states(2, 20), None, token_mask([20], 20)),
             ValueError,
             ["global_attention_mask", "2, 20", "1, 20"],
         ),

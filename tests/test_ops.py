@@ -3,7 +3,7 @@
 import cases
 import pytest
 import torch
-from cases import PATTERNS, Shape
+from cases import DEVICE, PATTERNS, Shape
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -51,9 +51,8 @@ SAMPLED = ["plain", *(pytest.param(o, marks=pytest.mark.sample) for o in OPTIONS
 def backward_arguments(name: str, tensors: list[Tensor], arguments: tuple, options: dict) -> tuple:
     """Everything that a backward op takes before the pattern, from one forward call."""
     output, lse = getattr(OPS, name)(*tensors, *arguments, **options)
-    generator = torch.Generator().manual_seed(2)
-    grad_output = torch.randn(output.shape, generator=generator).to(output.dtype)
-    grad_lse = torch.randn(lse.shape, generator=generator).to(lse.dtype)
+    grad_output = cases.normal(*output.shape, seed=2, dtype=output.dtype)
+    grad_lse = cases.normal(*lse.shape, seed=3, dtype=lse.dtype)
     return grad_output, grad_lse, *tensors, output, lse
 
 
@@ -216,7 +215,7 @@ def test_export_saves_and_loads(tmp_path):
 def test_autocast(low):
     tensors = cases.inputs(SHAPE)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    with torch.autocast("cpu", low):
+    with torch.autocast(DEVICE.type, low):
         output, lse = attention(*leaves, Window(3), return_lse=True)
         mixed = attention(tensors[0].to(low), *tensors[1:], Window(3))
     assert output.dtype == mixed.dtype == low
@@ -231,14 +230,14 @@ def test_autocast(low):
 
 @pytest.mark.parametrize(("name", "arguments"), CALLS, ids=str)
 def test_autocast_of_every_op(name, arguments):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         output, lse = getattr(OPS, name)(*cases.inputs(SHAPE), *arguments)
     assert output.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
 
 
 def test_autocast_leaves_float64_alone():
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert attention(*cases.inputs(SHAPE, torch.float64), Window(3)).dtype == torch.float64
 
 

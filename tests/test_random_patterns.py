@@ -174,7 +174,7 @@ def digest(expression: str) -> str:
     output = attention(*leaves, pattern)
     gradients = torch.autograd.grad(output.square().sum(), leaves)
     tensors = (pattern.mask(300), output.detach(), *gradients)
-    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in tensors)).hexdigest()
 
 
 def test_another_process_with_more_threads_draws_alike():

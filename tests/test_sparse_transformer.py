@@ -4,9 +4,11 @@ import copy
 import math
 from collections.abc import Callable
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import DEVICE
 from torch import Tensor, nn
 
 from sparse_attn import (
@@ -29,17 +31,16 @@ MATRICES = ("attention.query", "attention.key", "attention.value", "attention.ou
 
 
 def stream(batch: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, n, EMBED, generator=generator, dtype=torch.float64).to(dtype)
+    return cases.normal(batch, n, EMBED, seed=seed, dtype=dtype)
 
 
 def padding(lengths: list[int], n: int) -> Tensor:
-    return torch.arange(n) >= torch.tensor(lengths)[:, None]
+    return torch.arange(n, device=DEVICE) >= torch.tensor(lengths, device=DEVICE)[:, None]
 
 
 def make(kind: type[nn.Module], *, pattern: Pattern = STRIDED, seed: int = 0, **options):
     torch.manual_seed(seed)
-    return kind(EMBED, HEADS, pattern=pattern, dtype=torch.float64, **options)
+    return kind(EMBED, HEADS, pattern=pattern, device=DEVICE, dtype=torch.float64, **options)
 
 
 def roughen(block: SparseTransformerBlock) -> SparseTransformerBlock:
@@ -54,7 +55,7 @@ def dense_attention(
     layer: SparseSelfAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The definition, for queries that each see a key."""
-    allowed = layer.pattern.mask(query.shape[1], key.shape[1], heads=HEADS)
+    allowed = layer.pattern.mask(query.shape[1], key.shape[1], heads=HEADS).to(DEVICE)
     if mask is not None:
         allowed = allowed & ~mask[:, None, None, :]
     q, k, v = (
@@ -134,7 +135,7 @@ def test_padded_keys_are_not_seen():
 
 def test_query_without_keys_gets_the_bias():
     layer = make(SparseSelfAttention)
-    output = layer(stream(1, 8), key_padding_mask=torch.ones(1, 8, dtype=torch.bool))
+    output = layer(stream(1, 8), key_padding_mask=torch.ones(1, 8, dtype=torch.bool, device=DEVICE))
     torch.testing.assert_close(output, layer.output.bias.expand_as(output))
 
 
@@ -240,7 +241,13 @@ def test_dropout_of_probabilities_is_for_later_but_not_in_eval():
 def test_gradcheck(recompute):
     torch.manual_seed(0)
     block = SparseTransformerBlock(
-        4, 2, pattern=Window(2, 0), mlp_ratio=1, recompute=recompute, dtype=torch.float64
+        4,
+        2,
+        pattern=Window(2, 0),
+        mlp_ratio=1,
+        recompute=recompute,
+        device=DEVICE,
+        dtype=torch.float64,
     )
     roughen(block)
     names, values = zip(*block.named_parameters(), strict=True)
@@ -248,7 +255,7 @@ def test_gradcheck(recompute):
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
         return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), x)
 
-    x = torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
+    x = cases.normal(1, 5, 4).requires_grad_()
     assert torch.autograd.gradcheck(call, (x, *values))
 
 
@@ -256,7 +263,7 @@ def test_gradcheck(recompute):
 @pytest.mark.parametrize("kind", [SparseSelfAttention, SparseTransformerBlock])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shapes_and_dtypes(kind, n, dtype):
-    module = kind(EMBED, HEADS, pattern=STRIDED, dtype=dtype)
+    module = kind(EMBED, HEADS, pattern=STRIDED, device=DEVICE, dtype=dtype)
     output = module(stream(2, n, dtype=dtype))
     assert output.shape == (2, n, EMBED)
     assert output.dtype == dtype
@@ -293,10 +300,10 @@ def test_compiles(recompute):
         (lambda kind: kind(32, 4, pattern=STRIDED, dropout=1.5), ValueError, ["dropout", "1.5"]),
         (lambda kind: kind(32, 4, pattern=STRIDED, dropout=-1), ValueError, ["dropout", "-1"]),
         (lambda kind: kind(32, 4, pattern=256), TypeError, ["pattern", "int"]),
-        (lambda kind: make(kind)(torch.zeros(20, EMBED)), ValueError, ["batch", "(20, 32)"]),
-        (lambda kind: make(kind)(torch.zeros(2, 20, 31)), ValueError, ["32", "(2, 20, 31)"]),
+        (lambda kind: make(kind)(stream(1, 20)[0]), ValueError, ["batch", "(20, 32)"]),
+        (lambda kind: make(kind)(stream(2, 20)[..., 1:]), ValueError, ["32", "(2, 20, 31)"]),
         (
-            lambda kind: make(kind)(stream(2, 9), key_padding_mask=torch.ones(2, 9)),
+            lambda kind: make(kind)(stream(2, 9), key_padding_mask=padding([9, 9], 9).float()),
             TypeError,
             ["key_padding_mask", "bool"],
         ),

@@ -5,7 +5,7 @@ import math
 import cases
 import pytest
 import torch
-from cases import DTYPES, SHAPES, SIZED, Shape, check, inputs
+from cases import DEVICE, DTYPES, SHAPES, SIZED, Shape, check, inputs
 
 from sparse_attn import (
     BlockLayout,
@@ -67,7 +67,7 @@ def test_attention_with_padding_and_global_tokens(name):
     check(SIZED[name], tensors, **options)
 
 
-TABLE = torch.tensor([[True, False], [False, True]])
+TABLE = torch.tensor([[True, False], [False, True]], device=DEVICE)
 
 
 @pytest.mark.parametrize("offset", [-3, 2])
@@ -75,10 +75,10 @@ def test_rows_are_raw(offset):
     """Query i is row i of the tensor, wherever the ends of the sequences lie."""
     n_q, n_k = 5, 5 + offset
     mask = cases.bits(n_q, n_k)
-    assert torch.equal(Mask(mask).mask(n_q, n_k), mask)
+    assert torch.equal(Mask(mask).mask(n_q, n_k), mask.cpu())
     layout = cases.bits(3, cases.blocks(n_k, 2))
     whole = layout.repeat_interleave(2, 0).repeat_interleave(2, 1)[:n_q, :n_k]
-    assert torch.equal(BlockLayout(layout, 2).mask(n_q, n_k), whole)
+    assert torch.equal(BlockLayout(layout, 2).mask(n_q, n_k), whole.cpu())
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,13 @@ def test_layouts_of_other_strides():
         n_q, n_k = (16 * blocks for blocks in view.shape[-2:])
         ours = BlockLayout(view, 16).mask(n_q, n_k, heads=4 if view.shape[0] == 4 else 2)
         expected = view.contiguous().repeat_interleave(16, -2).repeat_interleave(16, -1)
-        assert torch.equal(ours, expected)
+        assert torch.equal(ours, expected.cpu())
 
 
 @pytest.mark.parametrize("block", [1, 10])
 def test_edits_in_place_are_seen(block):
     n = 20
-    table = torch.eye(n // block) > 0
+    table = torch.eye(n // block, device=DEVICE) > 0
     pattern = Mask(table) if block == 1 else BlockLayout(table, block)
     tensors = inputs(Shape(n_q=n, head_dim=8))
     before = attention(*tensors, pattern)
@@ -141,7 +141,8 @@ def test_repr_tells_the_size(pattern):
 
 def test_an_empty_mask_gives_zeros():
     tensors = [x.requires_grad_() for x in inputs(Shape(n_q=70, head_dim=8))]
-    output, lse = attention(*tensors, Mask(torch.zeros(70, 70, dtype=torch.bool)), return_lse=True)
+    nobody = Mask(torch.zeros(70, 70, dtype=torch.bool, device=DEVICE))
+    output, lse = attention(*tensors, nobody, return_lse=True)
     assert torch.equal(output, torch.zeros_like(output))
     assert lse.isneginf().all()
     for gradient in torch.autograd.grad(output.sum(), tensors):
@@ -150,14 +151,14 @@ def test_an_empty_mask_gives_zeros():
 
 def test_a_full_mask_is_full_attention():
     tensors = inputs(Shape(n_q=70, head_dim=8))
-    mask = Mask(torch.ones(70, 70, dtype=torch.bool))
+    mask = Mask(torch.ones(70, 70, dtype=torch.bool, device=DEVICE))
     torch.testing.assert_close(attention(*tensors, mask), attention(*tensors, Full()))
 
 
 def test_masks_of_other_patterns_are_these_patterns():
     tensors = inputs(Shape(n_q=150, head_dim=16))
     for pattern in (Window(9) | Global([0]), Causal(), RandomTokens(0.1)):
-        mask = Mask(pattern.mask(150))
+        mask = Mask(pattern.mask(150).to(DEVICE))
         torch.testing.assert_close(attention(*tensors, mask), attention(*tensors, pattern))
 
 
@@ -171,10 +172,10 @@ WRONG_SIZES = {
     "mask too large": (Mask(cases.bits(21, 20)), ["[20, 20]", "[21, 20]"]),
     "mask for other heads": (Mask(cases.bits(3, 20, 20)), ["3", "4"]),
     "lists of fewer queries": (KeyLists(cases.numbers(19, 3, below=20)), ["indices", "19"]),
-    "a key beyond the last": (KeyLists(torch.full((20, 3), 20)), ["20"]),
-    "a negative key": (KeyLists(torch.full((20, 3), -1)), ["-1"]),
+    "a key beyond the last": (KeyLists(torch.full((20, 3), 20, device=DEVICE)), ["20"]),
+    "a negative key": (KeyLists(torch.full((20, 3), -1, device=DEVICE)), ["-1"]),
     "more than are listed": (
-        KeyLists(cases.numbers(20, 3, below=20), torch.full((20,), 4)),
+        KeyLists(cases.numbers(20, 3, below=20), torch.full((20,), 4, device=DEVICE)),
         ["counts", "4"],
     ),
 }
@@ -220,7 +221,7 @@ def test_a_query_without_keys_gives_zeros_beside_nan(where):
     tensors = inputs(Shape(n_q=64, head_dim=16, batch=1))
     tensors[where][:, :, 5] = math.nan
     leaves = [x.requires_grad_() for x in tensors]
-    mask = torch.ones(64, 64, dtype=torch.bool)
+    mask = torch.ones(64, 64, dtype=torch.bool, device=DEVICE)
     mask[3], mask[:, 5] = False, False
     output = attention(*leaves, Mask(mask))
     assert torch.equal(output[:, :, 3], torch.zeros_like(output[:, :, 3]))
@@ -235,7 +236,7 @@ def test_a_query_without_keys_gives_zeros_beside_nan(where):
         (RandomBlocks(10**30, 10**30), Full()),
         (RandomBlocks(10**18, 1), Full()),
         (LocalBlocks(10**30), Full()),
-        (BlockLayout(torch.ones(1, 1, dtype=torch.bool), 10**19), Full()),
+        (BlockLayout(torch.ones(1, 1, dtype=torch.bool, device=DEVICE), 10**19), Full()),
         (FirstLast(10**30, 10**30), Full()),
         (Strided(10**30), Causal()),
         (Fixed(10**30, 1), Causal()),
