@@ -99,7 +99,7 @@ build() {
   fi
   "$python" - <<'PYTHON'
 import torch, sparse_attn
-if not torch._C._dispatch_has_kernel_for_dispatch_key("sparse_attn::attention", "CUDA"):
+if not torch.ops.sparse_attn._cuda_archs():
     raise SystemExit("this build of sparse_attn has no CUDA kernels")
 PYTHON
 }

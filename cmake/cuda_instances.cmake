@@ -37,7 +37,8 @@ function(sparse_attn_add_cuda library)
     target_compile_options(${part} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wno-unknown-pragmas>)
     target_link_libraries(${part} PRIVATE $<BUILD_INTERFACE:sparse_attn_options>)
   endforeach()
-  target_compile_definitions(${library} PRIVATE "SPARSE_ATTN_MMA_INSTANCES=${instances}")
+  set_source_files_properties(${root}/dispatch.cpp PROPERTIES
+                              COMPILE_DEFINITIONS "SPARSE_ATTN_MMA_INSTANCES=${instances}")
   target_link_libraries(${library} PUBLIC sparse_attn_core)
 endfunction()
 

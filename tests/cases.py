@@ -21,6 +21,9 @@ import sparse_attn
 # Where the tensors of the tests lie: pytest's --device, also in the processes that tests start.
 DEVICE = torch.device(os.environ.get("SPARSE_ATTN_TEST_DEVICE", "cpu"))
 
+# Whether the CUDA kernels serve it: on a GPU, or on the emulator of tests/native.
+CUDA_KERNELS = DEVICE.type == "cuda" or torch.ops.sparse_attn._cuda_archs() == ["emulator"]
+
 # Expressions, so that the library and the reference each read them with their own names.
 # They hold for every length >= 1 and for 4 heads.
 PATTERNS = {

@@ -68,8 +68,7 @@ def check_device(name: str) -> None:
         raise pytest.UsageError(f"--device {name}: torch {torch.__version__} sees no CUDA device")
     import sparse_attn  # noqa: F401 - defines the operator
 
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not has_kernel("sparse_attn::attention", "CUDA"):
+    if not torch.ops.sparse_attn._cuda_archs():
         raise pytest.UsageError(f"--device {name}: this build of sparse_attn has no CUDA kernels")
 
 

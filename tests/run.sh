@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Sets up, builds, and runs every check: native tests, formatting, the C++ example, pytest.
+# Sets up, builds, and runs every check: native tests, CUDA kernels on the emulator and through nvcc, formatting, the C++
+# example, pytest.
 # usage: bash tests/run.sh [pytest options]      SPARSE_ATTN_FULL=1 runs all cases instead of a sample
+#        SPARSE_ATTN_CUDA_TORCH=1 also builds everything against the CUDA build of torch 2.11 (downloads 5 GB)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/environment.sh"
 cd "$root"
@@ -17,11 +19,42 @@ say "Compile times"
 say "Objects of the instruction sets"
 "$python" scripts/check_isa_objects.py build
 
+# Head sizes of the tensor-core kernels: a small one, the most used, and one with other shapes of tiles.
+sizes='32;64;256'
+[ "${SPARSE_ATTN_FULL:-}" = 1 ] && sizes='32;64;96;128;192;256'
+
+# The CPU kernels are in the first build; where only the CUDA kernels count, one instruction set will do.
+isas=()
+[ "$(uname -m)" = x86_64 ] && isas=(-DSPARSE_ATTN_ISAS=x86_64_v2)
+
 say "Native tests, with sanitizers"
 cmake -S . -B build/native -G Ninja -DSPARSE_ATTN_TORCH=OFF -DSPARSE_ATTN_NATIVE_TESTS=ON \
-  -DSPARSE_ATTN_SANITIZE=ON -DSPARSE_ATTN_WERROR=ON >/dev/null
+  -DSPARSE_ATTN_SANITIZE=ON -DSPARSE_ATTN_WERROR=ON "-DSPARSE_ATTN_HEAD_SIZES=$sizes" >/dev/null
 cmake --build build/native --parallel "$jobs"
-ctest --test-dir build/native --output-on-failure --no-tests=error
+ctest --test-dir build/native --output-on-failure --no-tests=error --parallel "$jobs"
+
+say "Data races of the CUDA kernels, with ThreadSanitizer"
+cmake -S . -B build/races -G Ninja -DSPARSE_ATTN_TORCH=OFF -DSPARSE_ATTN_NATIVE_TESTS=ON \
+  -DSPARSE_ATTN_SANITIZE=THREADS -DSPARSE_ATTN_WERROR=ON -DSPARSE_ATTN_HEAD_SIZES=32 \
+  -DSPARSE_ATTN_TENSOR_CORE_SCALARS=bfloat16 "${isas[@]}" >/dev/null
+cmake --build build/races --parallel "$jobs"
+ctest --test-dir build/races --output-on-failure --no-tests=error
+
+if command -v nvcc >/dev/null; then
+  say "CUDA kernels, with nvcc"
+  cmake -S . -B build/cuda -G Ninja -DSPARSE_ATTN_TORCH=OFF -DSPARSE_ATTN_CUDA=ON -DSPARSE_ATTN_WERROR=ON \
+    '-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real' -DCMAKE_CUDA_FLAGS=-Xptxas=-v "-DSPARSE_ATTN_HEAD_SIZES=$sizes" \
+    "${isas[@]}" >/dev/null
+  # From the start: what a build prints of registers is not kept.
+  cmake --build build/cuda --parallel "$jobs" --clean-first --target sparse_attn_cuda >build/cuda.log 2>&1 ||
+    { tail -n 50 build/cuda.log && exit 1; }
+  "$python" scripts/check_registers.py build/cuda.log
+fi
+
+if [ "${SPARSE_ATTN_CUDA_TORCH:-}" = 1 ]; then
+  say "Everything against a CUDA build of torch"
+  bash tests/cuda_torch.sh
+fi
 
 say "Formatting and lint"
 ruff check .
@@ -35,6 +68,14 @@ cmake -S examples/cpp -B build/cpp_example -G Ninja -DCMAKE_PREFIX_PATH="$("$pyt
   >/dev/null
 cmake --build build/cpp_example --parallel "$jobs"
 build/cpp_example/attention
+
+say "Python tests through the CUDA kernels, on the emulator"
+cmake -S . -B build/emulated -G Ninja -DSPARSE_ATTN_EMULATE_CUDA=ON -DSPARSE_ATTN_PYTHON=OFF -DSPARSE_ATTN_WERROR=ON \
+  "-DSPARSE_ATTN_TORCH_ROOT=$("$python" -c 'import torch; print(torch.__path__[0])')" -DSPARSE_ATTN_HEAD_SIZES='32;64' \
+  "${isas[@]}" >/dev/null
+cmake --build build/emulated --parallel "$jobs"
+SPARSE_ATTN_LIBRARY=$PWD/build/emulated/libsparse_attn.so "$python" -m pytest -q tests/test_cuda.py \
+  tests/test_tensor_patterns.py tests/test_index_attention.py tests/test_attention.py
 
 say "Python tests"
 exec "$python" -m pytest "$@"

@@ -25,7 +25,7 @@ struct Shape {
 template <int kBytes, int kHeadSize>
 constexpr Shape kForwardShape = {};
 template <>
-constexpr Shape kForwardShape<2, 32> = {2, 64, 3, 3};
+constexpr Shape kForwardShape<2, 32> = {2, 64, 3, 2};  // three blocks spill
 template <>
 constexpr Shape kForwardShape<2, 64> = {2, 64, 3, 2};
 template <>
@@ -76,6 +76,8 @@ template <>
 constexpr Shape kGradKeyValueShape<2, 32> = {1, 64, 2, 2};
 template <>
 constexpr Shape kGradKeyValueShape<2, 64> = {1, 64, 2, 2};
+template <>
+constexpr Shape kGradKeyValueShape<2, 96> = {1, 32, 2, 2};  // 64 columns spill
 
 /// Up to here one kernel sums dK and dV; beyond, the sums of both would not fit the registers, and
 /// each has a kernel of its own, at five products for four.

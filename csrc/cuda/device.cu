@@ -3,7 +3,7 @@
 
 namespace sparse_attn::cuda {
 
-bool is_built() { return true; }
+const char* built_for() { return SPARSE_ATTN_CUDA_ARCHS; }
 
 Device use_device(int device) {
   int major = 0, minor = 0, shared = 0;

@@ -2,7 +2,6 @@
 // SPARSE_ATTN_MMA_INSTANCES, a list of X(scalar, head size).
 #include <algorithm>
 #include <map>
-#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -21,7 +20,6 @@ SPARSE_ATTN_MMA_INSTANCES
 
 namespace {
 
-constexpr int kLargestHead = 256;
 constexpr int kFirstTensorCores = 80;  // with bfloat16, ldmatrix and cp.async
 
 DataType type_named(const std::string& name) {
@@ -64,10 +62,6 @@ const Instances& tensor_core_kernels() {
 }  // namespace
 
 const Kernels& kernels_for(DataType type, std::int64_t head_size, bool tf32, const Device& device) {
-  if (head_size > kLargestHead) {
-    throw std::invalid_argument("expected heads of at most " + std::to_string(kLargestHead) +
-                                " on CUDA, got " + std::to_string(head_size));
-  }
   const Kernels& simt = portable(type);
   if (device.arch < kFirstTensorCores || (type == DataType::kFloat32 && !tf32)) return simt;
   const Instances& instances = tensor_core_kernels();

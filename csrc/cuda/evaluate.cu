@@ -75,11 +75,7 @@ struct MakeGlobalPass {
 };
 
 /// A warp for each query.
-struct FilterLists {
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlocksPerSM = 1;
-  static constexpr int kSharedBytes = 0;
-
+struct FilterLists : RowKernel {
   static __device__ void run(const ListFilter& f) {
     const AttentionParams& call = f.arguments.call;
     const std::int64_t row = row_number(), query = row % call.n_q;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/args.h"
+#include "host_device.h"
 
 namespace sparse_attn::cuda {
 
@@ -28,13 +29,21 @@ struct GlobalPass {
   Task* tasks_by_keys = nullptr;
   Visits* visits = nullptr;  // (batch, 2): those of rows, those of keys
 
-  std::int32_t listed_tiles() const {
+  SPARSE_ATTN_HOST_DEVICE std::int32_t listed_tiles() const {
     return static_cast<std::int32_t>((capacity + kMaxTile - 1) / kMaxTile);
   }
-  std::int32_t row_tiles_count() const { return of_keys ? natural_rows : listed_tiles(); }
-  std::int32_t key_tiles_count() const { return of_keys ? listed_tiles() : natural_keys; }
-  std::int32_t row_tasks() const { return (row_tiles_count() + group_rows - 1) / group_rows; }
-  std::int32_t key_tasks() const { return (key_tiles_count() + group_keys - 1) / group_keys; }
+  SPARSE_ATTN_HOST_DEVICE std::int32_t row_tiles_count() const {
+    return of_keys ? natural_rows : listed_tiles();
+  }
+  SPARSE_ATTN_HOST_DEVICE std::int32_t key_tiles_count() const {
+    return of_keys ? listed_tiles() : natural_keys;
+  }
+  SPARSE_ATTN_HOST_DEVICE std::int32_t row_tasks() const {
+    return (row_tiles_count() + group_rows - 1) / group_rows;
+  }
+  SPARSE_ATTN_HOST_DEVICE std::int32_t key_tasks() const {
+    return (key_tiles_count() + group_keys - 1) / group_keys;
+  }
 };
 
 /// Picks from lists of keys those that a part of the pattern allows.

@@ -56,15 +56,17 @@ struct Device {
   int arch = 0;
   int shared_bytes = 0;  // that a block may ask for
 };
-/// Whether there are kernels in this build.
-bool is_built();
+/// The architectures that this build has kernels for, as CMake names them; empty without any.
+const char* built_for();
 /// Makes a device the current one. Throws std::runtime_error where there is none.
 Device use_device(int index);
 /// Whether the stream is being captured into a graph.
 bool is_capturing(void* stream);
 
-/// Tensor cores where the device and the sizes allow them: sm_80, at most 256 columns and, for
-/// float32, `tf32`; else the portable kernels. Throws std::invalid_argument for larger heads.
+constexpr std::int64_t kLargestHead = 256;
+
+/// Tensor cores where the device and the sizes allow them: sm_80 and, for float32, `tf32`; else the
+/// portable kernels. Heads have at most kLargestHead columns.
 const Kernels& kernels_for(DataType type, std::int64_t head_size, bool tf32, const Device& device);
 
 }  // namespace sparse_attn::cuda

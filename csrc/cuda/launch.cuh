@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -25,6 +26,10 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSM)
 template <class Kernel, class Arguments>
 void launch(std::int64_t blocks, void* stream, const Arguments& arguments) {
   if (blocks == 0) return;
+  if (blocks > std::numeric_limits<std::int32_t>::max()) {
+    throw std::runtime_error("sparse_attn: expected at most 2^31 - 1 blocks of threads, got " +
+                             std::to_string(blocks) + ": too many heads and tokens for one call");
+  }
   constexpr int kMostWithoutAsking = 48 * 1024;
   if (Kernel::kSharedBytes > kMostWithoutAsking) {
     check(cudaFuncSetAttribute(entry<Kernel, Arguments>,

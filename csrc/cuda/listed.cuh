@@ -42,11 +42,8 @@ class ListWork {
 
 /// Goes on from the states of the rows.
 template <class S>
-struct ListedForward {
+struct ListedForward : RowKernel {
   using T = Real<S>;
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlocksPerSM = 1;
-  static constexpr int kSharedBytes = 0;
 
   static __device__ void run(const Arguments& a) {
     const ListWork work(a, Side::kRows);
@@ -85,11 +82,8 @@ struct PairGradient {
 };
 
 template <class S>
-struct ListedGradQuery {
+struct ListedGradQuery : RowKernel {
   using T = Real<S>;
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlocksPerSM = 1;
-  static constexpr int kSharedBytes = 0;
 
   static __device__ void run(const Arguments& a) {
     const ListWork work(a, Side::kRows);
@@ -126,11 +120,8 @@ struct ListedGradQuery {
 };
 
 template <class S>
-struct ListedGradKeyValue {
+struct ListedGradKeyValue : RowKernel {
   using T = Real<S>;
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlocksPerSM = 1;
-  static constexpr int kSharedBytes = 0;
 
   static __device__ void run(const Arguments& a) {
     const ListWork work(a, Side::kKeys);

@@ -119,7 +119,7 @@ class MmaBackward {
     Steps coming(work_, covers_), now(work_, covers_);
     for (int i = 0; i < kStages - 1; ++i) copy_next(heads, coming, i);
     prepare(heads, now, 0);
-    for (int i = 0; !now.done(); ++i) {
+    for (int i = 0; !now.done(); now.next(), ++i) {
       if (kStages == 1) {
         sync_threads();  // all are done with the only place
         copy_next(heads, coming, i);
@@ -131,7 +131,6 @@ class MmaBackward {
       next.next();
       prepare(heads, next, i + 1);
       step(now, i);
-      now = next;
     }
     cp_async_wait<0>();
     sync_threads();  // the next head takes the same places
@@ -333,10 +332,12 @@ class MmaBackward {
         if (!work_.owns(g, row)) continue;
         if (kNeedsX) {
           const Gradient& to = kByRows ? a_.grad_query : a_.grad_key;
+          // A query without keys gets 0 even if a value that it does not see is NaN.
+          const bool is_dead = kByRows && row_lse_[g][half] == kInfinity;
           write_row(sum_x_[g], half,
                     GradientSink<S>(a_, work_, to, a_.slots_key, g, row,
                                     static_cast<int>(a_.call.head_dim)),
-                    static_cast<float>(a_.call.scale));
+                    is_dead ? 0.0f : static_cast<float>(a_.call.scale));
         }
         if (kNeedsY) {
           write_row(sum_y_[g], half,
@@ -351,8 +352,11 @@ class MmaBackward {
   static __device__ void write_row(const float (&sums)[kHeadSize / 8][4], int half,
                                    const GradientSink<S>& sink, float factor) {
 #pragma unroll
-    for (int n = 0; n < kHeadSize / 8; ++n)
-      sink.put(column(n, 0), sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
+    for (int n = 0; n < kHeadSize / 8; ++n) {
+      const bool any = factor != 0.0f;
+      sink.put(column(n, 0), any ? sums[n][2 * half] * factor : 0.0f,
+               any ? sums[n][2 * half + 1] * factor : 0.0f);
+    }
   }
 
   const Arguments& a_;

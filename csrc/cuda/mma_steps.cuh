@@ -10,7 +10,7 @@ template <int kColumns>
 class TaskSteps {
  public:
   __device__ explicit TaskSteps(const Work& work, const std::uint8_t* covers)
-      : walk_(work, covers), tiles_(work.other_tiles()) {}
+      : work_(work), walk_(work, covers) {}
 
   __device__ bool done() const { return walk_.done(); }
   __device__ int tile() const { return walk_.tile(); }
@@ -26,14 +26,14 @@ class TaskSteps {
 
   __device__ void next() {
     column_ += kColumns;
-    if (column_ < tiles_.count(tile())) return;
+    if (column_ < work_.other_tile(tile()).count) return;
     column_ = 0;
     walk_.next();
   }
 
  private:
+  const Work& work_;
   VisitWalk walk_;
-  TileCounts tiles_;
   int column_ = 0;
 };
 

@@ -10,6 +10,13 @@ namespace sparse_attn::cuda {
 constexpr int kWarp = 32;
 constexpr int kRowThreads = kWarp * kRowsPerBlock;
 
+/// What kernels that go row by row have in common.
+struct RowKernel {
+  static constexpr int kThreads = kRowThreads;
+  static constexpr int kBlocksPerSM = 1;
+  static constexpr int kSharedBytes = 0;
+};
+
 __device__ inline int warp_number() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ inline int lane_number() { return static_cast<int>(threadIdx.x) % kWarp; }
 

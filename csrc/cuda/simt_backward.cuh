@@ -162,19 +162,24 @@ class SimtBackward {
       const int own = simt_y() + kSimtSide * i;
       if (!work_.owns(0, own)) continue;
       const Gradient& to = kByRows ? a_.grad_query : a_.grad_key;
-      put(sum_x_, i, first, GradientSink<S>(a_, work_, to, a_.slots_key, 0, own, head_dim_));
+      // A query without keys gets 0 even if a value that it does not see is NaN.
+      const bool is_dead = kByRows && tiles_.lse[own] == static_cast<T>(kInfinity);
+      put(sum_x_, i, first, GradientSink<S>(a_, work_, to, a_.slots_key, 0, own, head_dim_),
+          is_dead);
       if (kByRows) continue;
       put(sum_y_, i, first,
-          GradientSink<S>(a_, work_, a_.grad_value, a_.slots_value, 0, own, value_dim_));
+          GradientSink<S>(a_, work_, a_.grad_value, a_.slots_value, 0, own, value_dim_), false);
     }
   }
 
-  static __device__ void put(const Sums& sums, int i, int first, const GradientSink<S>& sink) {
+  static __device__ void put(const Sums& sums, int i, int first, const GradientSink<S>& sink,
+                             bool is_zero) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
       for (int v = 0; v < Products::kVector; ++v)
-        sink.put(Products::column(first + b * Products::kBlockColumns, v), sums[b][i][v]);
+        sink.put(Products::column(first + b * Products::kBlockColumns, v),
+                 is_zero ? T{0} : sums[b][i][v]);
     }
   }
 

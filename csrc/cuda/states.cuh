@@ -37,11 +37,8 @@ struct ReductionWork {
 
 /// Merges the slots of a row tile, after the state that earlier sweeps left.
 template <class S>
-struct MergeStates {
+struct MergeStates : RowKernel {
   using T = Real<S>;
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlocksPerSM = 1;
-  static constexpr int kSharedBytes = 0;
 
   static __device__ void run(const Arguments& a) {
     const ReductionWork work(a, Side::kRows);
@@ -74,11 +71,8 @@ struct MergeStates {
 
 /// The states of the rows become output and log-sum-exp.
 template <class S>
-struct FinishStates {
+struct FinishStates : RowKernel {
   using T = Real<S>;
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlocksPerSM = 1;
-  static constexpr int kSharedBytes = 0;
 
   static __device__ void run(const Arguments& a) {
     const std::int64_t row = row_number();
@@ -93,11 +87,8 @@ struct FinishStates {
 
 /// rowsum(dO * O) less the gradient of the log-sum-exp.
 template <class S>
-struct Delta {
+struct Delta : RowKernel {
   using T = Real<S>;
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlocksPerSM = 1;
-  static constexpr int kSharedBytes = 0;
 
   static __device__ void run(const Arguments& a) {
     const std::int64_t row = row_number();
@@ -115,11 +106,8 @@ struct Delta {
 
 /// Adds up the slots of each row of a tile: of dQ, or of dK and dV.
 template <class S, Side kSide>
-struct ReduceGradients {
+struct ReduceGradients : RowKernel {
   using T = Real<S>;
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlocksPerSM = 1;
-  static constexpr int kSharedBytes = 0;
 
   static __device__ void run(const Arguments& a) {
     const ReductionWork work(a, kSide);

@@ -121,16 +121,6 @@ __device__ inline StateRow<T> state_row(const States& states, std::int64_t row,
           static_cast<T*>(states.sum) + row};
 }
 
-/// `count` of each of an array of tiles of either kind.
-struct TileCounts {
-  const RowTile* row_tiles;  // null: key_tiles
-  const Tile* key_tiles;
-
-  __device__ int count(int i) const {
-    return row_tiles == nullptr ? key_tiles[i].count : row_tiles[i].rows.count;
-  }
-};
-
 /// The block's task.
 struct Work {
   const Side side;
@@ -139,6 +129,7 @@ struct Work {
   const GridPass* const pass;
   const Sweep* const sweep;
   const Task* const task;
+  const Visits* const visits;
 
   __device__ Work(const Arguments& a, Side side_)
       : side(side_),
@@ -148,6 +139,7 @@ struct Work {
         pass(a.passes + place.plan(a)),
         sweep(side_ == Side::kRows ? &pass->rows : &pass->keys),
         task(sweep->tasks + place.number),
+        visits(sweep->visits),
         end_head_(side_ == Side::kRows ? head + 1 : head + a.call.heads / a.call.heads_kv) {}
 
   /// Other heads' plans may have more tasks than this one's.
@@ -164,9 +156,6 @@ struct Work {
   }
   __device__ const Tile& other_tile(int i) const {
     return side == Side::kRows ? pass->key_tiles[i] : pass->row_tiles[i].rows;
-  }
-  __device__ TileCounts other_tiles() const {
-    return {side == Side::kRows ? nullptr : pass->row_tiles, pass->key_tiles};
   }
 
   /// Whether the results of a row (or key) of tile g are this task's.
@@ -204,17 +193,15 @@ class VisitWalk {
  public:
   /// With the covers of the visits, those without a pair are left out.
   __device__ explicit VisitWalk(const Work& work, const std::uint8_t* covers = nullptr)
-      : visits_(work.sweep->visits + work.task->first_visit),
-        end_(work.sweep->visits + work.task->end_visit),
-        covers_(covers) {
+      : work_(work), covers_(covers), run_(work.task->first_visit), end_(work.task->end_visit) {
     skip_empty();
   }
 
-  __device__ bool done() const { return visits_ == end_; }
-  __device__ int tile() const { return visits_->tile + in_run_; }
+  __device__ bool done() const { return run_ == end_; }
+  __device__ int tile() const { return run().tile + in_run_; }
   /// kFull, kSkip, kEvaluate or the number of a mask.
   __device__ std::int32_t mask(int g) const {
-    const std::int32_t mask = visits_->masks[g];
+    const std::int32_t mask = run().masks[g];
     if (covers_ == nullptr || mask != kEvaluate) return mask;
     const unsigned cover = this->cover() >> kCoverBits * static_cast<unsigned>(g);
     return cover & kSomeOfTile ? kEvaluate : cover & kAllOfTile ? kFull : kSkip;
@@ -225,22 +212,23 @@ class VisitWalk {
   }
 
  private:
+  __device__ const Visits& run() const { return work_.visits[run_]; }
   __device__ unsigned cover() const {
     return number_ < kMostCovers ? covers_[number_] : kSomeOfTile | kSomeOfTile << kCoverBits;
   }
   __device__ void advance() {
     ++number_;
-    if (++in_run_ < visits_->count) return;
+    if (++in_run_ < run().count) return;
     in_run_ = 0;
-    ++visits_;
+    ++run_;
   }
   __device__ void skip_empty() {
     while (covers_ != nullptr && !done() && cover() == 0) advance();
   }
 
-  const Visits* visits_;
-  const Visits* end_;
+  const Work& work_;
   const std::uint8_t* covers_;
+  std::uint32_t run_, end_;
   int in_run_ = 0;
   int number_ = 0;
 };

@@ -11,7 +11,7 @@ struct BuildInfo {
   std::string torch;                    // the version it was compiled against
   std::vector<std::string> isas;        // compiled into it, best first, as in SPARSE_ATTN_ISA
   std::string isa;                      // in use
-  std::vector<std::string> cuda_archs;  // none yet: there are no CUDA kernels
+  std::vector<std::string> cuda_archs;  // of the CUDA kernels; none without
   int threads;                          // that an op may use
 };
 

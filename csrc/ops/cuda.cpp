@@ -107,10 +107,8 @@ class DeviceCall {
   const cuda::Kernels& choose_kernels(const AttentionArguments& a) {
     const bool tf32 = at::globalContext().allowTF32CuBLAS();
     const std::int64_t size = std::max(a.query.size(3), a.value.size(3));
-    return with_value_errors([&]() -> const cuda::Kernels& {
-      return cuda::kernels_for(data_type(a.query.scalar_type()), size, tf32,
-                               cuda::use_device(a.query.device().index()));
-    });
+    return cuda::kernels_for(data_type(a.query.scalar_type()), size, tf32,
+                             cuda::use_device(a.query.device().index()));
   }
 
   /// The kernels take maxima of unscaled logits: the scale is made positive, and the query bears
@@ -152,18 +150,19 @@ class DeviceCall {
   cuda::Call call_;
 };
 
-void check_available(const at::Tensor& query) {
-  TORCH_CHECK_NOT_IMPLEMENTED(cuda::is_built(),
-                              "sparse_attn: expected a build with CUDA kernels for "
-                              "tensors on ",
-                              query.device(),
-                              ", got one without; build it again "
-                              "where nvcc is, with -DSPARSE_ATTN_CUDA=ON");
+void check_available(const AttentionArguments& a) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      *cuda::built_for() != '\0', "sparse_attn: expected a build with CUDA kernels for tensors on ",
+      a.query.device(),
+      ", got one without; build it again for a CUDA build of torch, where nvcc is");
+  const std::int64_t size = std::max(a.query.size(3), a.value.size(3));
+  TORCH_CHECK_NOT_IMPLEMENTED(size <= cuda::kLargestHead, "sparse_attn: expected heads of at most ",
+                              cuda::kLargestHead, " with CUDA kernels, got ", size);
 }
 
 Outputs attention_cuda(c10::DispatchKeySet, const AttentionArguments& a) {
   const Expression pattern = check_attention(a);
-  check_available(a.query);
+  check_available(a);
   const c10::DeviceGuard guard(a.query.device());
   const std::int64_t value_dim = a.value.size(3);
   const at::Tensor lse = empty_lse(a.query);
@@ -183,39 +182,44 @@ Outputs attention_cuda(c10::DispatchKeySet, const AttentionArguments& a) {
 /// What the kernels add up in, and the gradient that it becomes.
 class GradientOf {
  public:
-  /// `seen` is the tensor as the kernels see it: with padded and repeated heads.
-  GradientOf(const at::Tensor& tensor, const at::Tensor& seen, bool wide) : tensor_(tensor) {
-    const auto type = wide ? lse_type(tensor) : tensor.scalar_type();
-    sums_ = at::zeros(seen.sizes(), seen.options().dtype(type));
+  /// `grad` is the gradient of `tensor`, to be filled; `seen` is the tensor as the kernels see it,
+  /// with padded and repeated heads.
+  GradientOf(at::Tensor grad, const at::Tensor& seen, bool wide) : grad_(std::move(grad)) {
+    const auto type = wide ? lse_type(grad_) : grad_.scalar_type();
+    const bool in_place = type == grad_.scalar_type() && seen.sizes() == grad_.sizes();
+    sums_ = in_place ? grad_ : at::empty(seen.sizes(), grad_.options().dtype(type));
+    sums_.zero_();
   }
   TensorView sums() const { return view(sums_); }
   at::Tensor finish(double factor = 1.0) const {
-    at::Tensor grad = sums_.narrow(3, 0, tensor_.size(3));
-    const std::int64_t heads = tensor_.size(1), times = heads > 0 ? grad.size(1) / heads : 1;
-    if (times > 1) grad = grad.unflatten(1, {heads, times}).sum(2);
-    if (factor != 1.0) grad = grad * factor;
-    return grad.to(tensor_.scalar_type()).contiguous();
+    if (sums_.is_same(grad_)) return factor == 1.0 ? grad_ : grad_.mul_(factor);
+    at::Tensor sums = sums_.narrow(3, 0, grad_.size(3));
+    const std::int64_t heads = grad_.size(1), times = sums.size(1) / heads;
+    if (times > 1) sums = sums.unflatten(1, {heads, times}).sum(2);
+    return grad_.copy_(factor == 1.0 ? sums : sums * factor);
   }
 
  private:
-  at::Tensor tensor_, sums_;
+  at::Tensor grad_, sums_;
 };
 
 Gradients backward_cuda(c10::DispatchKeySet, const BackwardArguments& a) {
   const Expression pattern = check_backward(a);
   const AttentionArguments forward = a.forward();
-  check_available(a.query);
+  check_available(forward);
   const c10::DeviceGuard guard(a.query.device());
-  if (is_empty(forward) || a.key.size(2) == 0) {
-    return {at::zeros_like(a.query), at::zeros_like(a.key), at::zeros_like(a.value)};
-  }
+  const at::Tensor for_query = empty_rows(a.query, a.query.size(3));
+  const at::Tensor for_key = at::empty(a.key.sizes(), a.key.options());
+  const at::Tensor for_value = at::empty(a.value.sizes(), a.value.options());
+  if (is_empty(forward) || a.key.size(2) == 0)
+    return {for_query.zero_(), for_key.zero_(), for_value.zero_()};
   DeviceCall call(forward, pattern, true);
   const at::Tensor grad_output = call.laid_out(a.grad_output), output = call.laid_out(a.output);
   const at::Tensor lse = a.logsumexp.contiguous();
   const at::Tensor grad_lse = a.grad_logsumexp ? a.grad_logsumexp->contiguous() : at::Tensor();
   const bool wide = call.adds_to_gradients() || call.repeats() > 1;
-  const GradientOf grad_query(a.query, call.query, wide), grad_key(a.key, call.key, wide),
-      grad_value(a.value, call.value, wide);
+  const GradientOf grad_query(for_query, call.query, wide), grad_key(for_key, call.key, wide),
+      grad_value(for_value, call.value, wide);
   call.params().grad_output = const_view(grad_output);
   call.params().output = const_view(output);
   call.params().lse = const_cast<void*>(lse.const_data_ptr());

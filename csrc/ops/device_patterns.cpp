@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "ops/checks.h"
+#include "patterns/key_lists.h"
+
 namespace sparse_attn {
 namespace {
 
@@ -14,14 +17,23 @@ ProgramTensor program_tensor(const at::Tensor& tensor, std::int64_t columns) {
   return {tensor.const_data_ptr(), stride(0), stride(1), columns};
 }
 
-void check(const at::Tensor& holds, bool capturing, const char* name, const std::string& range) {
-  const at::Tensor all = holds.all();
-  if (capturing) {
-    at::_assert_async(all);
-    return;
+/// Says which index or count is out of range, as planning on the host does.
+void report(const at::Tensor& indices, const at::Tensor* counts, std::int64_t n_k) {
+  const at::Tensor keys = indices.cpu();
+  const at::Tensor lengths = counts ? counts->cpu() : at::Tensor();
+  for (std::int64_t b = 0; b < keys.size(0); ++b) {
+    for (std::int64_t h = 0; h < keys.size(1); ++h) {
+      const at::Tensor one = keys[b][h];
+      const std::int64_t* of_one = nullptr;
+      if (counts) {
+        of_one = lengths[lengths.size(0) == 1 ? 0 : b][lengths.size(1) == 1 ? 0 : h]
+                     .const_data_ptr<std::int64_t>();
+      }
+      with_value_errors([&] {
+        KeyLists(one.const_data_ptr<std::int64_t>(), of_one, one.size(1), one.size(0), n_k);
+      });
+    }
   }
-  TORCH_CHECK_VALUE(all.item<bool>(), "sparse_attn: expected ", name, " in ", range,
-                    ", got others");
 }
 
 /// The keys of each query, ascending; n_k where its list ends.
@@ -29,16 +41,19 @@ at::Tensor sorted_lists(const at::Tensor& indices, const at::Tensor* counts, std
                         bool capturing) {
   const std::int64_t columns = indices.size(-1);
   at::Tensor keys = indices;
-  at::Tensor is_key = (keys >= 0).logical_and(keys < n_k);
+  at::Tensor valid = (keys >= 0).logical_and(keys < n_k);
   if (counts) {
-    check((*counts >= 0).logical_and(*counts <= columns), capturing, "counts",
-          "[0, " + std::to_string(columns) + "], the width of indices");
-    const at::Tensor beyond =
-        at::arange(columns, keys.options()).ge(counts->unsqueeze(-1));  // (..., queries, columns)
-    is_key = is_key.logical_or(beyond);
+    const at::Tensor ends = counts->unsqueeze(-1);
+    const at::Tensor beyond = at::arange(columns, keys.options()) >= ends;
+    valid = valid.logical_or(beyond).logical_and(ends >= 0).logical_and(ends <= columns);
     keys = at::where(beyond, at::scalar_tensor(n_k, keys.options()), keys);
   }
-  check(is_key, capturing, "indices", "[0, " + std::to_string(n_k) + ")");
+  const at::Tensor all_valid = valid.all();
+  if (capturing) {
+    at::_assert_async(all_valid);
+  } else if (!all_valid.item<bool>()) {
+    report(indices, counts, n_k);
+  }
   return std::get<0>(keys.sort(-1)).contiguous();
 }
 

@@ -5,7 +5,9 @@
 
 #include <numeric>
 
+#include "ops/build_info.h"
 #include "ops/checks.h"
+#include "ops/device_plans.h"
 #include "ops/pattern_tensors.h"
 #include "patterns/union.h"
 #include "plan/cache.h"
@@ -146,6 +148,13 @@ std::string pattern_plan(at::IntArrayRef words, OptionalTensors given, std::int6
   return text;
 }
 
+void clear_caches() {
+  clear_plan_cache();
+  clear_device_plans();
+}
+
+std::vector<std::string> cuda_archs() { return build_info().cuda_archs; }
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparse_attn, CompositeImplicitAutograd, m) {
@@ -153,8 +162,9 @@ TORCH_LIBRARY_IMPL(sparse_attn, CompositeImplicitAutograd, m) {
   m.impl("_pattern_mask", TORCH_FN(pattern_mask));
   m.impl("_pattern_cost", TORCH_FN(pattern_cost));
   m.impl("_pattern_plan", TORCH_FN(pattern_plan));
+  m.impl("_cuda_archs", TORCH_FN(cuda_archs));
   m.impl("_plan_cache_size", TORCH_FN(plan_cache_size));
-  m.impl("_clear_plan_cache", TORCH_FN(clear_plan_cache));
+  m.impl("_clear_plan_cache", TORCH_FN(clear_caches));
 }
 
 }  // namespace sparse_attn

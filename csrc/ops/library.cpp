@@ -56,6 +56,7 @@ TORCH_LIBRARY(sparse_attn, m) {
   m.def(("_pattern_mask(" + pattern + ", int? heads=None) -> Tensor").c_str());
   m.def(("_pattern_cost(" + pattern + ", int[]? tile=None) -> int[]").c_str());
   m.def(("_pattern_plan(" + pattern + ") -> str").c_str());
+  m.def("_cuda_archs() -> str[]");
   m.def("_plan_cache_size() -> int");
   m.def("_clear_plan_cache() -> ()");
 }

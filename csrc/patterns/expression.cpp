@@ -10,7 +10,7 @@
 namespace sparse_attn {
 namespace {
 
-constexpr int kMaxDepth = 48;  // a program's stack has 64 bits
+constexpr int kMaxDepth = 64;
 constexpr std::int64_t kAny = std::numeric_limits<std::int64_t>::min();
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }

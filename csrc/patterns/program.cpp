@@ -1,9 +1,26 @@
 #include "patterns/program.h"
 
+#include <algorithm>
+#include <stdexcept>
+
 namespace sparse_attn {
 namespace {
 
 using Kind = Instruction::Kind;
+
+/// The stack is the 64 bits of a word. Programs of parts are joined to longer ones, which adds up
+/// to three.
+constexpr int kMostDepth = 60;
+
+int deepest_stack(const Program& program) {
+  int depth = 0, deepest = 0;
+  for (const Instruction& step : program) {
+    const bool joins = step.kind == Kind::kAnd || step.kind == Kind::kOr;
+    depth += joins ? -1 : step.kind == Kind::kNot ? 0 : 1;
+    deepest = std::max(deepest, depth);
+  }
+  return deepest;
+}
 
 class Compiler {
  public:
@@ -11,6 +28,11 @@ class Compiler {
 
   CompiledProgram whole(const Expression& expression) {
     add(expression);
+    if (deepest_stack(made_.instructions) > kMostDepth) {
+      throw std::invalid_argument(
+          "expected a pattern with unions and intersections nested at most " +
+          std::to_string(kMostDepth) + " deep on this device");
+    }
     return std::move(made_);
   }
 

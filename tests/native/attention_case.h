@@ -354,10 +354,8 @@ class Plans {
   std::vector<const PlanView*> views_;
 };
 
-/// Forward, then backward on what forward gave.
-inline Results run(const cpu::Kernels& kernels, Case& c, int threads) {
-  Results results(c);
-  const Plans forward(c, Direction::kForward), backward(c, Direction::kBackward);
+/// Sizes and inputs.
+inline AttentionParams params_of(Case& c) {
   AttentionParams params;
   params.dtype = c.type;
   params.batch = c.shape.batch;
@@ -371,9 +369,17 @@ inline Results run(const cpu::Kernels& kernels, Case& c, int threads) {
   params.query = c.query.view();
   params.key = c.key.view();
   params.value = c.value.view();
+  params.key_padding = c.padding.empty() ? nullptr : c.padding.data();
+  return params;
+}
+
+/// Forward, then backward on what forward gave.
+inline Results run(const cpu::Kernels& kernels, Case& c, int threads) {
+  Results results(c);
+  const Plans forward(c, Direction::kForward), backward(c, Direction::kBackward);
+  AttentionParams params = params_of(c);
   params.output = results.output.view();
   params.lse = results.lse.data();
-  params.key_padding = c.padding.empty() ? nullptr : c.padding.data();
   params.plans = forward.views();
   const Parallel parallel{threads, run_threads};
   {

@@ -11,6 +11,15 @@
 
 namespace attention {
 
+/// That of the type; on tensor cores with the rounding of P and dS to it, and of all operands to
+/// TF32, in units of the 8 * 2^-24 that the bounds are made of.
+inline Precision precision_of(const cuda::Kernels& kernels, DataType type) {
+  if (std::string(kernels.path) == "simt") return {};
+  constexpr double kUnit = 8 * 0x1p-24;
+  if (type == DataType::kFloat32) return {2 * 0x1p-11 / kUnit, 2 * 0x1p-11 / kUnit};
+  return {1.0, (type == DataType::kBFloat16 ? 0x1p-8 : 0x1p-11) / kUnit};
+}
+
 /// One plan for each of the case's patterns, laid out where the kernels read it.
 class EmulatedPlans {
  public:
@@ -38,20 +47,7 @@ class EmulatedPlans {
 
 inline cuda::Call call_of(Case& c, EmulatedPlans& plans) {
   cuda::Call call;
-  AttentionParams& params = call.params;
-  params.dtype = c.type;
-  params.batch = c.shape.batch;
-  params.heads = c.shape.heads();
-  params.heads_kv = c.shape.heads_kv;
-  params.n_q = c.shape.sizes.n_q;
-  params.n_k = c.shape.sizes.n_k;
-  params.head_dim = c.shape.head_dim;
-  params.value_dim = c.shape.value_dim;
-  params.scale = c.scale;
-  params.query = c.query.view();
-  params.key = c.key.view();
-  params.value = c.value.view();
-  params.key_padding = c.padding.empty() ? nullptr : c.padding.data();
+  call.params = params_of(c);
   call.image = &plans.image();
   call.base = plans.base();
   call.plan_heads = static_cast<std::int32_t>(c.patterns.size());

@@ -7,18 +7,10 @@ using namespace attention;
 
 constexpr cuda::Device kAmpere{80, 163 * 1024};
 
-/// The rounding of P and dS to the type, and of all operands to TF32, in units of the 8 * 2^-24
-/// that the bounds are made of.
-Precision precision_of(DataType type) {
-  constexpr double kUnit = 8 * 0x1p-24;
-  if (type == DataType::kFloat32) return {2 * 0x1p-11 / kUnit, 2 * 0x1p-11 / kUnit};
-  return {1.0, (type == DataType::kBFloat16 ? 0x1p-8 : 0x1p-11) / kUnit};
-}
-
 void check_case(Case& c) {
   const std::int64_t size = std::max(c.shape.head_dim, c.shape.value_dim);
   const cuda::Kernels& kernels = cuda::kernels_for(c.type, size, true, kAmpere);
-  c.precision = precision_of(c.type);
+  c.precision = precision_of(kernels, c.type);
   check::context = std::string(kernels.path) + ", " + c.to_string();
   CHECK_EQUAL(std::string(kernels.path), "mma");
   const Results results = run(kernels, c);

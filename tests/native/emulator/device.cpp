@@ -3,7 +3,7 @@
 
 namespace sparse_attn::cuda {
 
-bool is_built() { return true; }
+const char* built_for() { return "emulator"; }
 
 Device use_device(int) { return {80, 163 * 1024}; }
 
