@@ -19,8 +19,8 @@ say "Compile times"
 say "Objects of the instruction sets"
 "$python" scripts/check_isa_objects.py build
 
-# Head sizes of the tensor-core kernels: a small one, the most used, and one with other shapes of tiles.
-sizes='32;64;256'
+# Head sizes of the tensor-core kernels: the most used, and one with other shapes of tiles.
+sizes='64;128;256'
 [ "${SPARSE_ATTN_FULL:-}" = 1 ] && sizes='32;64;96;128;192;256'
 
 # The CPU kernels are in the first build; where only the CUDA kernels count, one instruction set will do.

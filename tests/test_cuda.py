@@ -162,9 +162,29 @@ def test_many_heads(dtype):
         assert torch.equal(ours[-1:, -2:], theirs)
 
 
+def set_precision(name: str) -> None:
+    torch.set_float32_matmul_precision(name)
+
+
+def allow_tf32(value: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = value
+
+
+def set_fp32_precision(name: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = name
+
+
 @needs_kernels
-def test_tf32_is_asked_for():
-    """float32 goes through TF32 only where the user lets products do so."""
+@pytest.mark.parametrize(
+    ("setting", "on", "off"),
+    [
+        (set_precision, "high", "highest"),
+        (allow_tf32, True, False),
+        (set_fp32_precision, "tf32", "ieee"),
+    ],
+)
+def test_tf32_is_asked_for(setting, on, off):
+    """float32 goes through TF32 only where the user lets products do so, in whatever way."""
     inputs = tensors(dtype=torch.float32)
     exact = results([x.double().detach().requires_grad_() for x in inputs], Window(20), {})
 
@@ -172,14 +192,36 @@ def test_tf32_is_asked_for():
         found = results(inputs, Window(20), {})
         return max(float((a - b).detach().abs().max()) for a, b in zip(found, exact, strict=True))
 
-    before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("highest")
+        setting(off)
         assert error() < 1e-4
-        torch.set_float32_matmul_precision("high")
+        setting(on)
         assert 1e-4 < error() < 5e-2
+        attention(*tensors(), Window(20))  # other types do not ask
     finally:
-        torch.set_float32_matmul_precision(before)
+        setting(off)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scale_below_the_smallest_number(dtype):
+    inputs = tensors(dtype=dtype)
+    found = results(inputs, Window(20), {"scale": 1e-60})
+    for ours, zero in zip(found, results(inputs, Window(20), {"scale": 0.0}), strict=True):
+        assert torch.equal(ours, zero)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_slots_after_another_pass(dtype):
+    """Rows that are cut along their keys go on from the states of the pass before."""
+    inputs = tensors(length=1100, batch=1, heads=1, size=16, dtype=dtype)
+    layout = torch.ones(18, 18, dtype=torch.bool, device=DEVICE)
+    output = attention(*inputs, BlockLayout(layout, 64) | Window(5))
+    exact = [x.detach().double() for x in inputs]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact)
+    bound = 1e-12 if dtype == torch.float64 else 1e-2
+    assert float((output.detach() - expected).abs().max()) < bound
 
 
 @needs_kernels

@@ -1,5 +1,6 @@
-// Which of the compiled kernels serve a call. CMakeLists.txt passes the instances as
-// SPARSE_ATTN_MMA_INSTANCES, a list of X(scalar, head size).
+// Which of the compiled kernels serve a call. CMakeLists.txt passes the instances for tensor cores
+// as SPARSE_ATTN_MMA_INSTANCES, a list of X(scalar, head size), and the first architecture that
+// they were compiled for.
 #include <algorithm>
 #include <map>
 #include <string>
@@ -20,9 +21,7 @@ SPARSE_ATTN_MMA_INSTANCES
 
 namespace {
 
-constexpr int kFirstTensorCores = 80;  // with bfloat16, ldmatrix and cp.async
-
-DataType type_named(const std::string& name) {
+[[maybe_unused]] DataType type_named(const std::string& name) {
   return name == "float32"    ? DataType::kFloat32
          : name == "float64"  ? DataType::kFloat64
          : name == "bfloat16" ? DataType::kBFloat16
@@ -63,7 +62,8 @@ const Instances& tensor_core_kernels() {
 
 const Kernels& kernels_for(DataType type, std::int64_t head_size, bool tf32, const Device& device) {
   const Kernels& simt = portable(type);
-  if (device.arch < kFirstTensorCores || (type == DataType::kFloat32 && !tf32)) return simt;
+  if (device.arch < SPARSE_ATTN_FIRST_TENSOR_CORES || (type == DataType::kFloat32 && !tf32))
+    return simt;
   const Instances& instances = tensor_core_kernels();
   const auto found = instances.lower_bound({type, head_size});  // the next larger head size
   const bool serves = found != instances.end() && found->first.first == type &&

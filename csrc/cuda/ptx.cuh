@@ -19,6 +19,9 @@ __device__ inline void sync_threads() { __syncthreads(); }
 /// The same, and tells whether any thread's predicate holds.
 __device__ inline bool sync_threads_or(bool predicate) { return __syncthreads_or(predicate) != 0; }
 
+/// What lanes of the warp did to memory before, all of them see afterwards.
+__device__ inline void sync_warp() { __syncwarp(); }
+
 /// The value of the lane whose number differs in the bits of `mask`; all 32 lanes take part.
 template <class T>
 __device__ inline T shuffle_xor(T value, int mask) {

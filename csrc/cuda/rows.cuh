@@ -103,6 +103,7 @@ struct LaneState {
   /// A row without keys is 0 even if a value that it does not see is NaN.
   template <class Sink>
   __device__ void put(const Sink& sink, int size) {
+    sync_warp();  // the sink may be where all lanes have read the state
     const T factor = sink.factor(sum);
     if (factor == T{0}) {
       output.clear();

@@ -157,6 +157,7 @@ class SimtBackward {
   }
 
   __device__ void write(int first) const {
+    sync_threads();  // without visits there has been none since the rows were loaded
 #pragma unroll
     for (int i = 0; i < kSimtRows; ++i) {
       const int own = simt_y() + kSimtSide * i;

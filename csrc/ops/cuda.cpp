@@ -50,6 +50,12 @@ bool mixes_patterns(std::size_t patterns, const AttentionArguments& a) {
   return heads / static_cast<std::int64_t>(patterns) % group != 0;
 }
 
+/// Whether torch's settings let float32 products go through TF32.
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 c10::Stream current_stream(at::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
@@ -105,7 +111,7 @@ class DeviceCall {
 
  private:
   const cuda::Kernels& choose_kernels(const AttentionArguments& a) {
-    const bool tf32 = at::globalContext().allowTF32CuBLAS();
+    const bool tf32 = a.query.scalar_type() == at::kFloat && allows_tf32();
     const std::int64_t size = std::max(a.query.size(3), a.value.size(3));
     return cuda::kernels_for(data_type(a.query.scalar_type()), size, tf32,
                              cuda::use_device(a.query.device().index()));
@@ -115,6 +121,8 @@ class DeviceCall {
   /// its sign.
   at::Tensor positively_scaled(const AttentionArguments& a) {
     scale_ = a.scale.value_or(default_scale(a.query));
+    const bool is_double = a.query.scalar_type() == at::kDouble;
+    if (!is_double && static_cast<float>(scale_) == 0.0f) scale_ = 0.0;  // what the kernels see
     if (scale_ > 0.0) return a.query;
     return scale_ < 0.0 ? a.query.neg() : at::zeros_like(a.query);
   }

@@ -1,5 +1,6 @@
 #include "ops/device_plans.h"
 
+#include <future>
 #include <mutex>
 #include <set>
 
@@ -52,10 +53,15 @@ std::shared_ptr<const DevicePlans> make(at::ArrayRef<Expression> patterns, const
 }  // namespace
 
 DevicePlans::DevicePlans(GridImage image, at::Device device) : image_(std::move(image)) {
-  const auto options = at::TensorOptions().dtype(at::kByte);
-  copy_ = at::empty({image_.size()}, options.device(device));
-  std::vector<char> bytes = image_.at(copy_.data_ptr());
-  copy_.copy_(at::from_blob(bytes.data(), {image_.size()}, options));  // done when it returns
+  // In a thread of its own: what this one allocates may be meant for a pool (of a graph that is
+  // being warmed up, say) that does not live as long as the plans.
+  copy_ = std::async(std::launch::async, [&] {
+            const auto options = at::TensorOptions().dtype(at::kByte);
+            at::Tensor copy = at::empty({image_.size()}, options.device(device));
+            std::vector<char> bytes = image_.at(copy.data_ptr());
+            copy.copy_(at::from_blob(bytes.data(), {image_.size()}, options));  // waits for it
+            return copy;
+          }).get();
   image_.drop_bytes();
 }
 

@@ -33,6 +33,9 @@ inline T shuffle_xor(T value, int mask) {
   return operands.result;
 }
 
+/// A collective is a barrier of the warp here.
+inline void sync_warp() { shuffle_xor(0, 1); }
+
 // ---- memory -------------------------------------------------------------------------------------
 
 struct alignas(16) Bytes16 {
