@@ -167,18 +167,18 @@ class ProgramOfHead {
             -window.back <= nearest && furthest <= window.ahead};
   }
 
-  /// Looks at every block that the tile touches, at most 64 x 64.
+  /// Looks at the blocks that the tile touches, at most 64 x 64, until two differ.
   static __device__ TileCover cover_of(const LayoutRule& layout, const TileBounds& tile) {
-    bool any = false, all = true;
     const std::int64_t first = tile.first_key / layout.block, last = tile.last_key / layout.block;
     const std::uint8_t* row = layout.row(tile.first_position);
-    for (; row <= layout.row(tile.last_position); row += layout.columns) {
-      for (std::int64_t column = first; column <= last && !(any && !all); ++column) {
-        any = any || row[column] != 0;
-        all = all && row[column] != 0;
+    const std::uint8_t* const last_row = layout.row(tile.last_position);
+    const bool all = row[first] != 0;
+    for (; row <= last_row; row += layout.columns) {
+      for (std::int64_t column = first; column <= last; ++column) {
+        if ((row[column] != 0) != all) return {};
       }
     }
-    return {!any, all};
+    return {!all, all};
   }
 
   const GridPass& pass_;
