@@ -56,7 +56,8 @@ struct Device {
   int arch = 0;
   int shared_bytes = 0;  // that a block may ask for
 };
-/// The architectures that this build has kernels for, as CMake names them; empty without any.
+/// The architectures that this build has kernels for, as CMake names them, with spaces between;
+/// empty without any.
 const char* built_for();
 /// Makes a device the current one. Throws std::runtime_error where there is none.
 Device use_device(int index);
