@@ -42,11 +42,13 @@ from sparse_attn.patterns import (
     Union,
     Window,
 )
+from sparse_attn.tables import BlockBias, SlotBias, alibi_slopes
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BigBird",
+    "BlockBias",
     "BlockLayout",
     "Causal",
     "Checkerboard",
@@ -68,11 +70,13 @@ __all__ = [
     "RandomBlocks",
     "RandomTokens",
     "ReceptiveField",
+    "SlotBias",
     "SparseSelfAttention",
     "SparseTransformerBlock",
     "Strided",
     "Union",
     "Window",
+    "alibi_slopes",
     "attention",
     "build_info",
     "clear_plan_cache",
