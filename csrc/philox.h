@@ -9,16 +9,16 @@
 namespace sparse_attn {
 
 /// What the numbers of one seed are for: streams that never meet.
-enum class Stream : std::uint32_t { kTokens = 1, kBlocks = 2 };
+enum class Stream : std::uint32_t { kTokens = 1, kBlocks = 2, kDropout = 3 };
 
 struct Random4 {
   std::uint32_t word[4];
 };
 
 SPARSE_ATTN_HOST_DEVICE inline Random4 philox(std::uint64_t seed, std::uint32_t a, std::uint32_t b,
-                                              Stream stream) {
+                                              Stream stream, std::uint32_t c = 0) {
   auto key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
-  Random4 x{{a, b, 0, static_cast<std::uint32_t>(stream)}};
+  Random4 x{{a, b, c, static_cast<std::uint32_t>(stream)}};
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p0 = std::uint64_t{0xD2511F53} * x.word[0],
                         p1 = std::uint64_t{0xCD9E8D57} * x.word[2];
