@@ -1,5 +1,5 @@
-// Which probabilities dropout keeps: 16 random bits for each pair, a function of (seed, batch, head,
-// query, key) alone.
+// Which probabilities dropout keeps: 16 random bits for each pair, a function of (seed, batch,
+// head, query, key) alone.
 #pragma once
 
 #include <cstdint>
