@@ -31,6 +31,7 @@ struct LogitTable {
   std::int64_t row_stride = 0;
   std::int64_t column_stride = 0;
   std::int64_t columns = 0;
+  std::int64_t size = 0;   // of the whole table
   std::int64_t block = 1;  // of kBlocks: the side
 };
 
