@@ -9,8 +9,10 @@ torch.Size([1, 8, 1000, 64])
 """
 
 from sparse_attn import functional, nn
+from sparse_attn.cache import KVCache
 from sparse_attn.functional import attention
 from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, plan_info
+from sparse_attn.merging import merge
 from sparse_attn.nn import (
     LongformerSelfAttention,
     SparseSelfAttention,
@@ -60,6 +62,7 @@ __all__ = [
     "GlobalKeys",
     "GlobalQueries",
     "Intersection",
+    "KVCache",
     "KeyLists",
     "LocalBlocks",
     "LongformerSelfAttention",
@@ -82,6 +85,7 @@ __all__ = [
     "clear_plan_cache",
     "cmake_prefix_path",
     "functional",
+    "merge",
     "nn",
     "plan_info",
 ]
