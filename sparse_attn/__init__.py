@@ -14,7 +14,9 @@ from sparse_attn.functional import attention
 from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, plan_info
 from sparse_attn.merging import merge
 from sparse_attn.nn import (
+    ETCSelfAttention,
     LongformerSelfAttention,
+    RelativePositionGenerator,
     SparseSelfAttention,
     SparseTransformerBlock,
 )
@@ -55,6 +57,7 @@ __all__ = [
     "Causal",
     "Checkerboard",
     "Cost",
+    "ETCSelfAttention",
     "FirstLast",
     "Fixed",
     "Full",
@@ -73,6 +76,7 @@ __all__ = [
     "RandomBlocks",
     "RandomTokens",
     "ReceptiveField",
+    "RelativePositionGenerator",
     "SlotBias",
     "SparseSelfAttention",
     "SparseTransformerBlock",
