@@ -76,7 +76,7 @@ class Kept:
 
 def check_decodable(pattern: Pattern) -> None:
     """Raise ValueError unless what a query sees is settled once it is there."""
-    if not pattern.causal:
+    if not _causal(pattern):
         raise ValueError(
             "sparse_attn: expected a causal pattern for decoding, such as (Window(256, 0) | "
             f"Global([0])) & Causal(), got {pattern!r}"
@@ -85,12 +85,26 @@ def check_decodable(pattern: Pattern) -> None:
         needed(one, 0, torch.arange(0))
 
 
+def _causal(pattern: Pattern) -> bool:
+    """`pattern.causal`, and that the first key alone is no later one to any query."""
+    if isinstance(pattern, Union):
+        return all(map(_causal, pattern.parts))
+    if isinstance(pattern, Intersection):
+        return any(map(_causal, pattern.parts))
+    if isinstance(pattern, PerHead):
+        return all(map(_causal, pattern.patterns))
+    if isinstance(pattern, GlobalKeys):
+        return pattern.tokens in ((), (0,))
+    if isinstance(pattern, FirstLast):
+        return pattern.first <= 1 and pattern.last == 0
+    return pattern.causal
+
+
 @singledispatch
 def needed(pattern: Pattern, position: int, keys: Tensor) -> Tensor:
     """Which earlier `keys` a query at `position` or later may see: (len(keys),) bool.
 
-    Exact for single patterns; an intersection may keep a key that each of its parts needs, though
-    none of its queries does.
+    Exact for single patterns. Of an intersection, those that every part needs, if for other queries.
 
     Raises:
         ValueError: What a query sees depends on tokens that are yet to come.
