@@ -149,6 +149,15 @@ def test_factors(pattern):
     assert_same(decode(make(pattern), tensors, CHUNKS["mixed"]), whole)
 
 
+def test_a_gap_within_the_reach():
+    """Key 12 is dropped, so for query 16 key 0, kept for the other head, moves into the window."""
+    tokens = "GlobalKeys([0, 13, 14, 15])"
+    expression = f"PerHead([Window(4, 0) & {tokens}, {tokens} & Causal()])"
+    tensors = inputs(20, heads=2, heads_kv=1)
+    ours = decode(make(expression, num_heads_kv=1), tensors, [16, 1, 1, 1, 1])
+    assert_same(ours, exact(expression, tensors))
+
+
 PARTS = st.one_of(
     st.builds(
         "Window({}, {}, dilation={})".format,
@@ -322,6 +331,15 @@ def test_gradients_of_one_call(name):
     whole = [torch.cat([x[:, :, :60], y], 2) for x, y in zip(tensors, same, strict=True)]
     output = exact(expression, whole)[0][:, :, 60:]
     assert_same(gradients, torch.autograd.grad((output * weights).sum(), same))
+
+
+def test_what_is_kept_is_detached():
+    cache, tensors = make("Window(9, 0)"), inputs(20)
+    assert cache.attend(*(x[:, :, :10].requires_grad_() for x in tensors)).requires_grad
+    for i in range(10, 13):  # in place, into what the first call kept
+        step = [x[:, :, i : i + 1].detach() for x in tensors]
+        assert cache.attend(*(x.clone().requires_grad_() for x in step)).requires_grad
+    assert not cache.attend(*(x[:, :, 13:14].detach() for x in tensors)).requires_grad
 
 
 def test_gradients_through_every_step_of_a_model():

@@ -104,7 +104,7 @@ def _causal(pattern: Pattern) -> bool:
 def needed(pattern: Pattern, position: int, keys: Tensor) -> Tensor:
     """Which earlier `keys` a query at `position` or later may see: (len(keys),) bool.
 
-    Exact for single patterns. Of an intersection, those that every part needs, if for other queries.
+    Exact for single patterns; of an intersection, those that every part needs for some query.
 
     Raises:
         ValueError: What a query sees depends on tokens that are yet to come.
