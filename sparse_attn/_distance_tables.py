@@ -56,7 +56,8 @@ class DistanceTable:
     def dense(self, distance: Tensor, pattern: Pattern) -> Tensor:
         """(batch or 1, heads, new, keys), for key − query = `distance` (new, keys)."""
         if self.kind == SLOPES:
-            return -self.table * distance.abs()
+            wide = torch.promote_types(self.table.dtype, torch.float32)  # as the kernels compute
+            return -self.table.to(wide) * distance.abs()
         windows = slot_windows(self.name, pattern)
         of_heads = torch.tensor(windows, device=distance.device)[:, :, None, None]
         left, right, dilation = of_heads.unbind(1)  # (patterns, 1, 1)

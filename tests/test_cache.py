@@ -6,6 +6,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from sparse_attn import (
     BigBird,
@@ -333,6 +334,33 @@ def test_gradients_of_one_call(name):
     assert_same(gradients, torch.autograd.grad((output * weights).sum(), same))
 
 
+def test_tangents_of_one_call():
+    expression, tensors = EXPRESSIONS["heads"], inputs(60)
+    cache = make(expression)
+    decode(cache, [x[:, :, :50] for x in tensors], [49, 1])
+    tangents = [cases.normal(*x.shape, seed=4) for x in tensors]
+    for tangent in tangents:
+        tangent[:, :, :50] = tangent[:, :, 51:] = 0
+
+    def row(*whole):
+        return exact(expression, whole)[0][:, :, 50:51]
+
+    with forward_ad.dual_level():
+        pairs = zip(tensors, tangents, strict=True)
+        duals = [forward_ad.make_dual(*(x[:, :, 50:51] for x in pair)) for pair in pairs]
+        ours = forward_ad.unpack_dual(cache.attend(*duals))
+    assert_same(ours, torch.func.jvp(row, tuple(tensors), tuple(tangents)))
+
+
+def test_gradients_of_tables():
+    pattern = cases.library(WITH_SLOTS["global_heads"])
+    tensors, table = inputs(60), cases.normal(HEADS, 7, seed=5).requires_grad_()
+    ours = decode(make(pattern), tensors, [40, 1, 19], bias=table)[0]
+    whole = attention(*tensors, pattern, bias=table, enable_gqa=True)
+    gradients = [torch.autograd.grad(x.sin().sum(), table)[0] for x in (ours, whole)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
 def test_what_is_kept_is_detached():
     cache, tensors = make("Window(9, 0)"), inputs(20)
     assert cache.attend(*(x[:, :, :10].requires_grad_() for x in tensors)).requires_grad
@@ -414,6 +442,18 @@ def test_bias_by_distance(name, table):
     pattern, tensors, bias = cases.library(WITH_SLOTS[name]), inputs(), TABLES[table]()
     whole = attention(*tensors, pattern, bias=bias, enable_gqa=True, return_lse=True)
     assert_same(decode(make(pattern), tensors, CHUNKS["mixed"], bias=bias), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slopes_of_half_types(dtype):
+    """Far global keys: in a half type, slope · distance would be off by whole units."""
+    pattern = cases.library("(Window(6, 0) | Global([0, 1, 2])) & Causal()")
+    tensors = [x.to(dtype) for x in inputs(1000)]
+    slopes = alibi_slopes(HEADS, dtype=dtype, device=cases.DEVICE) / 64
+    whole = attention(*tensors, pattern, bias=slopes, enable_gqa=True, return_lse=True)
+    ours = decode(make(pattern, dtype=dtype), tensors, cut(1000, 9), bias=slopes)
+    torch.testing.assert_close(ours[0], whole[0], rtol=0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(ours[1], whole[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", WITH_SLOTS)

@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 from cases import normal
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from sparse_attn import ETCSelfAttention, RelativePositionGenerator
 
@@ -182,12 +182,13 @@ def test_ids_of_positions():
     assert RelativePositionGenerator(0).make_relative_att_ids(2).eq(0).all()
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+def test_gradcheck(check):
     layer = ETCSelfAttention(
         4, 2, radius=1, max_distance=1, dtype=torch.float64, device=cases.DEVICE
     )
     mask = cases.bits(1, 6, 3).int()
-    assert gradcheck(
+    assert check(
         lambda *xs: layer(*xs, l2l_mask=mask),
         [x.requires_grad_() for x in (normal(1, 6, 4), normal(1, 2, 4, seed=1))],
     )
@@ -198,6 +199,30 @@ def test_projections_are_shared():
         return sum(p.numel() for p in make(**share).parameters()) // (EMBED * (EMBED + 1))
 
     assert [count(**share) for share in SHARES] == [12, 8, 5, 11]
+
+
+def test_compiles():
+    """For any length, once a second one has been seen."""
+    layer, xs = make(max_distance=3), inputs()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for length, stance in ((37, "default"), (30, "default"), (21, "fail_on_recompile")):
+        with torch.compiler.set_stance(stance):
+            ours = compiled(xs[0][:, :length], xs[1])
+        for output, expected in zip(ours, layer(xs[0][:, :length], xs[1]), strict=True):
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(dtype):
+    layer, given = make(relative_vocab_size=6), ids(6) | masks()
+    xs = [x.to(dtype) for x in inputs()]
+    exact = layer(*(x.double() for x in xs), **given)
+    for output, expected in zip(layer.to(dtype)(*xs, **given), exact, strict=True):
+        assert output.dtype == dtype
+        size = expected.abs().max().item()
+        torch.testing.assert_close(
+            output.double(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps * size
+        )
 
 
 def test_dropout():
