@@ -9,10 +9,14 @@ torch.Size([1, 8, 1000, 64])
 """
 
 from sparse_attn import functional, nn
+from sparse_attn.cache import KVCache
 from sparse_attn.functional import attention
 from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, plan_info
+from sparse_attn.merging import merge
 from sparse_attn.nn import (
+    ETCSelfAttention,
     LongformerSelfAttention,
+    RelativePositionGenerator,
     SparseSelfAttention,
     SparseTransformerBlock,
 )
@@ -53,6 +57,7 @@ __all__ = [
     "Causal",
     "Checkerboard",
     "Cost",
+    "ETCSelfAttention",
     "FirstLast",
     "Fixed",
     "Full",
@@ -60,6 +65,7 @@ __all__ = [
     "GlobalKeys",
     "GlobalQueries",
     "Intersection",
+    "KVCache",
     "KeyLists",
     "LocalBlocks",
     "LongformerSelfAttention",
@@ -70,6 +76,7 @@ __all__ = [
     "RandomBlocks",
     "RandomTokens",
     "ReceptiveField",
+    "RelativePositionGenerator",
     "SlotBias",
     "SparseSelfAttention",
     "SparseTransformerBlock",
@@ -82,6 +89,7 @@ __all__ = [
     "clear_plan_cache",
     "cmake_prefix_path",
     "functional",
+    "merge",
     "nn",
     "plan_info",
 ]

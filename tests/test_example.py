@@ -16,7 +16,8 @@ sys.path.insert(0, str(EXAMPLES))
 from long_text import compare  # noqa: E402
 from long_text.baseline import two_byte_bits  # noqa: E402
 from long_text.data import load_corpus  # noqa: E402
-from long_text.model import ATTENTIONS, Config, build_model  # noqa: E402
+from long_text.model import ATTENTIONS, Config, Memory, build_model  # noqa: E402
+from long_text.sample import generate  # noqa: E402
 from long_text.training import Settings, Trainer, load_checkpoint  # noqa: E402
 
 from sparse_attn import Causal, Global, Window  # noqa: E402
@@ -56,6 +57,54 @@ def test_every_pattern_is_causal_at_a_like_cost(attention):
     assert all(config.pattern(layer).causal for layer in range(config.layers))
     keys = config.keys_per_query(4096)
     assert keys == 2048.5 if attention == "full" else 120 < keys < 200
+
+
+REMEMBERED = [kind for kind in ATTENTIONS if kind != "bigbird"]
+
+
+@pytest.mark.parametrize("attention", REMEMBERED)
+def test_a_memory_gives_the_logits_of_the_whole_text(attention):
+    torch.manual_seed(0)
+    model = build_model(Config(layers=3, width=32, heads=2, window=16, attention=attention))
+    model, tokens = model.double(), torch.randint(256, (2, 200))
+    memory = Memory(model, batch=2)
+    with torch.no_grad():
+        cuts = tokens.split([50, 1, 1, 1, 40, 1, 106], 1)
+        steps = torch.cat([model(cut, memory) for cut in cuts], 1)
+        torch.testing.assert_close(steps, model(tokens), rtol=0, atol=1e-12)
+    assert memory.length == 200
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_sample_is_the_one_of_the_whole_text(attention):
+    """The same bytes as when the whole text is read again for each."""
+    torch.manual_seed(0)
+    model = build_model(Config(layers=2, width=32, heads=2, window=8, attention=attention))
+    model = model.double()
+    for parameter in model.parameters():  # of a size at which attention tells in the bytes
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = generate(model, b"The ", 100, seed=3)
+    text, random = list(b"The "), torch.Generator().manual_seed(3)
+    for _ in range(100):
+        with torch.no_grad():
+            logits = model(torch.tensor([text]))[0, -1] / 0.8
+        likely, order = logits.softmax(-1).sort(descending=True)
+        likely = likely.masked_fill(likely.cumsum(-1) - likely >= 0.95, 0)
+        text.append(int(order[torch.multinomial(likely, 1, generator=random)]))
+    assert ours == bytes(text[4:])
+    assert len(set(ours)) > 30
+
+
+@pytest.mark.parametrize("attention", ["window", "longformer"])
+def test_a_memory_does_not_grow(attention):
+    model = build_model(Config(layers=2, width=32, heads=2, window=16, attention=attention))
+    memory = Memory(model, batch=1)
+    sizes = []
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.randint(256, (1, 500)), memory)
+            sizes.append([cache.nbytes for cache in memory.caches])
+    assert sizes[1:] == sizes[:-1]
 
 
 def test_an_unknown_attention_is_refused():

@@ -108,6 +108,41 @@ at::Tensor pattern_mask(at::IntArrayRef words, OptionalTensors given, std::int64
   return heads ? masks.squeeze(0) : masks.squeeze(0).squeeze(0);
 }
 
+at::Tensor tokens_of(const char* name, const at::Tensor& given, std::int64_t n_k) {
+  TORCH_CHECK_TYPE(given.scalar_type() == at::kLong && given.dim() == 1, "sparse_attn: expected ",
+                   name, " of dtype int64 with one dimension, got ", given.scalar_type(),
+                   " of shape ", given.sizes());
+  at::Tensor tokens = given.cpu().contiguous();
+  const auto* data = tokens.const_data_ptr<std::int64_t>();
+  for (std::int64_t i = 0; i < tokens.numel(); ++i)
+    TORCH_CHECK_VALUE(0 <= data[i] && data[i] < n_k, "sparse_attn: expected ", name,
+                      " from 0 to n_k - 1 = ", n_k - 1, ", got ", data[i]);
+  return tokens;
+}
+
+/// (positions, keys): who sees whom at chosen places of a sequence of n_k tokens.
+at::Tensor pattern_allows(at::IntArrayRef words, const at::Tensor& given_positions,
+                          const at::Tensor& given_keys, std::int64_t n_k) {
+  const Expression pattern = check_pattern(words);
+  TORCH_CHECK_VALUE(tensor_count(pattern) == 0,
+                    "sparse_attn: expected a pattern without tensors, whose rows are raw");
+  check_sizes(n_k, n_k);
+  const at::Tensor positions = tokens_of("positions", given_positions, n_k);
+  const at::Tensor keys = tokens_of("keys", given_keys, n_k);
+  const at::Tensor allowed = at::empty({positions.numel(), keys.numel()}, at::kBool);
+  with_value_errors([&] {
+    const UnionOf terms(expand(pattern, {n_k, n_k}));
+    bool* data = allowed.mutable_data_ptr<bool>();
+    for (std::int64_t i = 0; i < positions.numel(); ++i) {
+      const std::int64_t position = positions.const_data_ptr<std::int64_t>()[i];
+      for (std::int64_t j = 0; j < keys.numel(); ++j)
+        *data++ = terms.contains(position, keys.const_data_ptr<std::int64_t>()[j]);
+    }
+    return 0;
+  });
+  return allowed;
+}
+
 /// pairs, visited pairs, bytes, passes and masks of the plan, and the number of heads and examples
 /// that these are summed over: those that the pattern tells apart.
 std::vector<std::int64_t> pattern_cost(at::IntArrayRef words, OptionalTensors given,
@@ -160,6 +195,7 @@ std::vector<std::string> cuda_archs() { return build_info().cuda_archs; }
 TORCH_LIBRARY_IMPL(sparse_attn, CompositeImplicitAutograd, m) {
   m.impl("_pattern_causal", TORCH_FN(pattern_causal));
   m.impl("_pattern_mask", TORCH_FN(pattern_mask));
+  m.impl("_pattern_allows", TORCH_FN(pattern_allows));
   m.impl("_pattern_cost", TORCH_FN(pattern_cost));
   m.impl("_pattern_plan", TORCH_FN(pattern_plan));
   m.impl("_cuda_archs", TORCH_FN(cuda_archs));

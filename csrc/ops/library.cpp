@@ -57,6 +57,7 @@ TORCH_LIBRARY(sparse_attn, m) {
   const std::string pattern = "int[] pattern, Tensor[]? pattern_tensors, int n_q, int n_k";
   m.def("_pattern_causal(int[] pattern) -> bool");
   m.def(("_pattern_mask(" + pattern + ", int? heads=None) -> Tensor").c_str());
+  m.def("_pattern_allows(int[] pattern, Tensor positions, Tensor keys, int n_k) -> Tensor");
   m.def(("_pattern_cost(" + pattern + ", int[]? tile=None) -> int[]").c_str());
   m.def(("_pattern_plan(" + pattern + ") -> str").c_str());
   m.def("_cuda_archs() -> str[]");

@@ -66,10 +66,11 @@ TokenList edge_tokens(const Values& v, std::int64_t n_k) {
   const std::int64_t block = v[0], blocks = block_count(n_k, block);
   const std::int64_t first = std::min(v[1], blocks), last = std::min(v[2], blocks - first);
   TokenList tokens;
-  for (std::int64_t t = 0; t < n_k; ++t) {
-    const std::int64_t b = t / block;
-    if (b < first || b >= blocks - last) tokens.push_back(t);
-  }
+  const auto add_blocks = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin * block; t < n_k && t / block < end; ++t) tokens.push_back(t);
+  };
+  add_blocks(0, first);
+  add_blocks(blocks - last, blocks);
   return tokens;
 }
 

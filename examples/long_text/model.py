@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_attn
-from sparse_attn import BigBird, Causal, Fixed, Global, Pattern, Strided, Window
+from sparse_attn import BigBird, Causal, Fixed, Global, KVCache, Pattern, Strided, Window
 
 VOCABULARY = 256  # bytes
 ATTENTIONS = ("full", "window", "longformer", "strided", "fixed", "bigbird")
@@ -84,8 +84,9 @@ class NgramEmbedding(nn.Module):
         self.pair = nn.Embedding(config.buckets, config.width)
         self.triple = nn.Embedding(config.buckets, config.width)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        before = F.pad(tokens, (2, 0))
+    def forward(self, tokens: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        """Bytes (B, N) that come after `two` others (B, 2), zeros at the start."""
+        before = torch.cat([two, tokens], 1)
         pairs = tokens + VOCABULARY * before[:, 1:-1]
         triples = pairs + VOCABULARY**2 * before[:, :-2]
         x = self.byte(tokens)
@@ -109,18 +110,22 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def attend(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, turns: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
         query, key = rotate(qkv[:, :, :2], turns).transpose(1, 3).unbind(2)  # (B, H, N, D)
         value = qkv[:, :, 2].transpose(1, 2)
-        if self.pattern is None:
+        if cache is not None:
+            heads = cache.attend(query, key, value)
+        elif self.pattern is None:
             heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             heads = sparse_attn.attention(query, key, value, self.pattern)
         return self.project(heads.transpose(1, 2).flatten(2))
 
-    def forward(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        x = x + self.attend(self.norm1(x), turns)
+    def forward(
+        self, x: torch.Tensor, turns: torch.Tensor, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        x = x + self.attend(self.norm1(x), turns, cache)
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
@@ -142,19 +147,57 @@ class ByteModel(nn.Module):
             for linear in (module.project, module.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.layers))
 
-    def turns(self, length: int, device: torch.device) -> torch.Tensor:
+    def turns(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
         """Rotary factors e^(i * position * frequency), shaped to fit (B, N, 2, H, D / 2)."""
         half = self.config.width // self.config.heads // 2
         frequency = 10000.0 ** -(torch.arange(half, device=device) / half)
-        angles = torch.outer(torch.arange(length, device=device), frequency)
+        angles = torch.outer(torch.arange(start, stop, device=device), frequency)
         return torch.polar(torch.ones_like(angles), angles)[:, None, None]
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        turns = self.turns(tokens.shape[1], tokens.device)
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, turns)
+    def forward(self, tokens: torch.Tensor, memory: "Memory | None" = None) -> torch.Tensor:
+        """The bytes of a text; with a `memory` those that follow what it has seen."""
+        start, caches = 0, [None] * len(self.blocks)
+        two = tokens.new_zeros(len(tokens), 2)
+        if memory is not None:
+            start, caches, two = memory.length, memory.caches, memory.two
+            memory.see(tokens)
+        turns = self.turns(start, start + tokens.shape[1], tokens.device)
+        x = self.embedding(tokens, two)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, turns, cache)
         return F.linear(self.norm(x), self.embedding.byte.weight)  # tied to the embedding
+
+
+class Memory:
+    """What a model keeps of the texts that it goes on from: of each layer the keys and values that
+    its pattern still needs, and the last two bytes.
+
+    Raises ValueError for BigBird, whose last block depends on how long the text will be.
+    """
+
+    def __init__(self, model: ByteModel, batch: int):
+        config, weight = model.config, model.norm.weight
+        self.caches = [
+            KVCache(
+                config.pattern(layer),
+                batch_size=batch,
+                num_heads_kv=config.heads,
+                head_dim=config.width // config.heads,
+                dtype=weight.dtype,
+                device=weight.device,
+            )
+            for layer in range(config.layers)
+        ]
+        self.two = torch.zeros(batch, 2, dtype=torch.long, device=weight.device)
+
+    @property
+    def length(self) -> int:
+        """How many bytes it has seen."""
+        return self.caches[0].length
+
+    def see(self, tokens: torch.Tensor) -> None:
+        """Note the last two bytes."""
+        self.two = torch.cat([self.two, tokens], 1)[:, -2:]
 
 
 def build_model(config: Config | None = None) -> ByteModel:

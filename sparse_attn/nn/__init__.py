@@ -1,7 +1,14 @@
 """Attention layers."""
 
+from sparse_attn.nn.etc import ETCSelfAttention, RelativePositionGenerator
 from sparse_attn.nn.longformer import LongformerSelfAttention
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.nn.sparse_transformer import SparseTransformerBlock
 
-__all__ = ["LongformerSelfAttention", "SparseSelfAttention", "SparseTransformerBlock"]
+__all__ = [
+    "ETCSelfAttention",
+    "LongformerSelfAttention",
+    "RelativePositionGenerator",
+    "SparseSelfAttention",
+    "SparseTransformerBlock",
+]
