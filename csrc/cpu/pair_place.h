@@ -68,17 +68,23 @@ class HeadTable {
     return numbers;
   }
 
-  /// Adds a tile of numbers to those of the table.
+  /// Adds a tile of numbers to those of the table: neighbors that share one first to each other, as
+  /// a long sum in one place rounds more.
   template <class Sum>
   void add(const PlaceOfPairs& place, const T* numbers, Sum* sums) const {
     for (int k = 0; k < place.keys; ++k) {
+      int64_t last = -1;
+      Sum sum{0};
       for (int r = 0; r < place.rows; ++r) {
         const PairPlace pair = place.at(k, r);
         const int64_t offset = sparse_attn::table_offset(table_, window_, pair);
-        if (offset < 0) continue;
         const auto factor = static_cast<Sum>(sparse_attn::table_factor(table_, pair));
-        sums[offset] += static_cast<Sum>(numbers[k * kMaxTile + r]) * factor;
+        if (offset != last && last >= 0) sums[last] += sum;
+        if (offset != last) sum = Sum{0};
+        sum += static_cast<Sum>(numbers[k * kMaxTile + r]) * factor;
+        last = offset;
       }
+      if (last >= 0) sums[last] += sum;
     }
   }
 

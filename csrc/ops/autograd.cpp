@@ -403,7 +403,10 @@ auto below_autograd(const Body& body) {
 }
 
 Outputs attention_autograd(c10::DispatchKeySet keys, const AttentionArguments& a) {
-  if (a.sink) return with_sink(attention_op().call(without_sink(a)), *a.sink);
+  if (a.sink) {
+    check_attention(a);
+    return with_sink(attention_op().call(without_sink(a)), *a.sink);
+  }
   AttentionBackward* node = nullptr;
   NodePtr owner;
   with_inputs(a, [&](const auto&... inputs) {
