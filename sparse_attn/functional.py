@@ -189,6 +189,9 @@ def _check_tensors(**arguments: object) -> None:
 
 def _check_numbers(**arguments: object) -> None:
     for name, argument in arguments.items():
+        # A module's float may be symbolic under torch.compile.
+        if isinstance(argument, (float, torch.SymFloat, torch.SymInt)):
+            continue
         if argument is not None and not hasattr(argument, "__float__"):
             raise TypeError(f"sparse_attn: expected {name} to be a number, got {argument!r}")
 

@@ -251,22 +251,6 @@ def test_tokens_out_of_range(kind, token):
         refuses(call, ValueError, ["token", str(token)])
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("bias", zeros(4, 7)),
-        ("gate", zeros(4, 7)),
-        ("dropout_p", 0.1),
-        ("softcap", 20.0),
-        ("sink", zeros(4)),
-    ],
-)
-def test_arguments_of_later_versions(name, value):
-    refuses(lambda: good_call(Window(3), **{name: value}), NotImplementedError, [name])
-    tensors, pattern = cases.inputs(SHAPE), list(Window(3).encode())
-    refuses(lambda: OPS.attention(*tensors, pattern, **{name: value}), NotImplementedError, [name])
-
-
 def test_return_weights_is_for_later():
     call = lambda: good_call(Window(3), return_weights=True)  # noqa: E731
     refuses(call, NotImplementedError, ["return_weights"])

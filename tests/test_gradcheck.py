@@ -86,14 +86,3 @@ def test_torch_func_vjp():
     expected = torch.autograd.grad(attention(*leaves, Window(2)), leaves, torch.ones_like(output))
     for gradient, other in zip(vjp(torch.ones_like(output)), expected, strict=True):
         assert torch.equal(gradient, other)
-
-
-def test_double_backward_says_that_it_is_missing():
-    leaves = [x.requires_grad_() for x in cases.inputs(SMALL, torch.float64)]
-
-    def twice() -> None:
-        (gradient, *_) = torch.autograd.grad(scalar(*leaves), leaves, create_graph=True)
-        torch.autograd.grad(gradient.sum(), leaves)
-
-    with pytest.raises(NotImplementedError, match="backward"):
-        twice()

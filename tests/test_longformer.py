@@ -224,11 +224,21 @@ def test_attentions_are_for_later():
         module()(hidden_states(2, 20), output_attentions=True)
 
 
-def test_dropout_is_for_later_but_not_in_eval():
-    layer = module(dropout=0.1)
-    with pytest.raises(NotImplementedError, match="dropout"):
-        layer.train()(hidden_states(2, 20))
-    assert torch.equal(layer.eval()(hidden_states(2, 20))[0], module()(hidden_states(2, 20))[0])
+def test_dropout():
+    layer, states = module(dropout=0.5), hidden_states(2, 20)
+    is_global = marks([[0], [3]], 20)
+    torch.manual_seed(1)
+    (first,), (other,) = (layer.train()(states, None, is_global) for _ in range(2))
+    torch.manual_seed(1)
+    (again,) = layer(states, None, is_global)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    kept = layer.eval()(states, None, is_global)[0]
+    assert torch.equal(kept, module()(states, None, is_global)[0])
+    # What is dropped is made up for on average.
+    layer.train()
+    mean = torch.stack([layer(states, None, is_global)[0] for _ in range(400)]).mean(0)
+    assert (mean - kept).abs().max() < 0.25 * kept.abs().max()
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

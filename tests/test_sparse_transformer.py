@@ -230,10 +230,13 @@ def test_dropout_ends_the_branches(dropout):
     torch.testing.assert_close(branch[kept], whole[kept] / max(1 - dropout, 1e-9))
 
 
-def test_dropout_of_probabilities_is_for_later_but_not_in_eval():
-    layer, x = make(SparseSelfAttention, dropout=0.1), stream(2, 20)
-    with pytest.raises(NotImplementedError, match="dropout"):
-        layer(x)
+def test_dropout_of_probabilities():
+    layer, x = make(SparseSelfAttention, dropout=0.5), stream(2, 20)
+    torch.manual_seed(1)
+    first, other = layer(x), layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, layer(x))
+    assert not torch.equal(first, other)
     assert torch.equal(layer.eval()(x), make(SparseSelfAttention)(x))
 
 

@@ -24,8 +24,7 @@ class LongformerSelfAttention(nn.Module):
         num_heads: Number of heads; divides embed_dim.
         attention_window: Total size of the window: ⌊w/2⌋ tokens on each side, and the token itself.
         dilation: Distance between neighboring keys of the window; one int, or one for each head.
-        dropout: Dropout of the attention probabilities in training. Not built yet: training with a
-            value above 0 raises NotImplementedError.
+        dropout: Dropout of the attention probabilities in training.
         causal: Keep only the left half of the window and the token itself; global attention is
             causal too.
         bias: Whether the projections have biases.

@@ -22,8 +22,7 @@ class SparseSelfAttention(nn.Module):
         num_heads: Number of heads; divides embed_dim.
         pattern: Who sees whom; a `PerHead` for heads that differ. It is no parameter: tensors that
             it holds (`BlockLayout`) stay on their device.
-        dropout: Dropout of the attention probabilities in training. Not built yet: training with a
-            value above 0 raises NotImplementedError.
+        dropout: Dropout of the attention probabilities in training.
         bias: Whether the projections have biases.
         causal: Intersect the pattern with `Causal()`.
         device: Device of the parameters.
