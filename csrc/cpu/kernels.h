@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "pair_params.h"
 #include "params.h"
 
 namespace sparse_attn::cpu {
@@ -12,6 +13,10 @@ struct Kernels {
   void (*forward)(const AttentionParams&, const Parallel&);
   std::int64_t (*backward_workspace)(const AttentionParams&, int threads);
   void (*backward)(const AttentionParams&, const Parallel&);
+  std::int64_t (*pair_workspace)(const PairParams&, int threads);
+  void (*pair_products)(const PairParams&, const Parallel&);
+  void (*pair_sums)(const PairParams&, const Parallel&);
+  void (*pair_column_sums)(const PairParams&, const Parallel&);
 };
 
 /// The kernels of the best instruction set of this machine, or of the one named in SPARSE_ATTN_ISA.

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "ops/checks.h"
+#include "ops/node.h"
 
 namespace sparse_attn {
 namespace {
@@ -17,21 +18,6 @@ using torch::autograd::edge_list;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-using NodePtr = decltype(torch::autograd::Edge::function);
-
-/// From torch 2.13 on, which has node.h, a node counts its references itself; in 2.11 they are
-/// counted beside it.
-template <class Derived>
-std::pair<Derived*, NodePtr> make_node(edge_list&& next_edges) {
-#if __has_include(<torch/csrc/autograd/node.h>)
-  auto node = c10::make_intrusive<Derived>(std::move(next_edges));
-  return {node.get(), node};
-#else
-  auto* node = new Derived(std::move(next_edges));
-  return {node, NodePtr(node, torch::autograd::deleteNode)};
-#endif
-}
 
 class AttentionBackward final : public Node {
  public:
