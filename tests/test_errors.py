@@ -267,11 +267,6 @@ def test_arguments_of_later_versions(name, value):
     refuses(lambda: OPS.attention(*tensors, pattern, **{name: value}), NotImplementedError, [name])
 
 
-def test_return_weights_is_for_later():
-    call = lambda: good_call(Window(3), return_weights=True)  # noqa: E731
-    refuses(call, NotImplementedError, ["return_weights"])
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, 1.5])
 def test_no_such_dropout(value):
     refuses(lambda: good_call(Window(3), dropout_p=value), ValueError, ["dropout_p", str(value)])
