@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PIXELS = 512
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class SparseWeights:
     """What each query pays to each key that it sees, in memory linear in the pairs.
 
@@ -90,6 +90,10 @@ class SparseWeights:
         return replace(self, **tensors)
 
     def __matmul__(self, value: Tensor) -> Tensor:
+        """`weights @ value` is `weights.matmul(value)`."""
+        return self.matmul(value) if isinstance(value, Tensor) else NotImplemented
+
+    def matmul(self, value: Tensor) -> Tensor:
         """For each query the sum of the values that it sees, by their weights.
 
         Args:
@@ -102,8 +106,6 @@ class SparseWeights:
             TypeError: value has another dtype (or, with float32 weights, no half type either).
             ValueError: Its shape or device does not fit.
         """
-        if not isinstance(value, Tensor):
-            return NotImplemented
         batch, heads, _, n_k = self.shape
         self._check_factor(
             "value", value, f"({batch}, a divisor of {heads}, {n_k}, value_dim)", n_k
@@ -132,8 +134,6 @@ class SparseWeights:
         >>> weights.transposed_matmul(torch.ones(2, 4, 100, 1)).sum().round()
         tensor(800.)
         """
-        if not isinstance(rows, Tensor):
-            raise TypeError(f"sparse_attn: expected rows to be a Tensor, got {type(rows).__name__}")
         batch, heads, n_q, n_k = self.shape
         self._check_factor("rows", rows, f"({batch}, {heads}, {n_q}, size)", n_q, heads)
         indices = self.crow_indices, self.col_indices
@@ -152,15 +152,16 @@ class SparseWeights:
             another.
         """
         batch, heads, n_q, n_k = self.shape
-        offsets = self.crow_indices - self.crow_indices[..., :1]
-        counts = offsets[..., -1].unique()
+        local = self.crow_indices - self.crow_indices[..., :1]
+        counts = local[..., -1].unique()
         if counts.numel() == 1:
             parts = (batch, heads, int(counts))
-            return torch.sparse_csr_tensor(
-                offsets, self.col_indices.view(parts), self.values.view(parts), self.shape
-            )
-        size = (batch * heads * n_q, n_k)
-        return torch.sparse_csr_tensor(self._offsets(), self.col_indices, self.values, size)
+            crow, col, values = local, self.col_indices.view(parts), self.values.view(parts)
+            size = self.shape
+        else:
+            crow, col, values = self._offsets(), self.col_indices, self.values
+            size = (batch * heads * n_q, n_k)
+        return torch.sparse_csr_tensor(crow, col, values, size, check_invariants=False)
 
     def to_longformer(self) -> Tensor:
         """In the layout of Hugging Face's Longformer.
@@ -256,6 +257,9 @@ class SparseWeights:
     def _check_factor(
         self, name: str, tensor: Tensor, shape: str, length: int, heads: int | None = None
     ) -> None:
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise TypeError(f"sparse_attn: expected {name} to be a Tensor, got {kind}")
         batch, of_weights = self.shape[:2]
         sizes = tuple(tensor.shape)
         fits = tensor.dim() == 4 and sizes[0] == batch and sizes[2] == length

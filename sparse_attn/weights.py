@@ -79,7 +79,7 @@ def attention_weights(
         if dropout_seed is None:
             dropout_seed = torch.randint(2**63 - 1, ())
         kept = ops._pair_dropout(dropout_seed, dropout_p, crow, col)
-        values = values * (kept * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0))
+        values = values * kept * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
     return replace(pairs, values=values)
 
 
@@ -180,7 +180,7 @@ def _looked_up(table: Tensor, *index: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("sparse_attn::_pattern_pairs")
-def _fake_pairs(pattern, pattern_tensors, n_q, n_k, batch, heads, key_padding_mask, global_mask):
+def _fake_pairs(pattern, pattern_tensors, n_q, n_k, batch, heads, **masks):
     pairs = torch.library.get_ctx().new_dynamic_size()
     crow = torch.empty(batch, heads, n_q + 1, dtype=torch.int64)
     return crow, torch.empty(pairs, dtype=torch.int64)
