@@ -41,7 +41,11 @@ class Pairs {
       for_each_block(crow[0], crow[1], [&](int64_t first, int count) {
         int32_t list[kListBlock];
         copy(list, p_.col + first, count);
-        dots<S>(row, columns, list, count, size_, scratch);
+        if (size_ == 1) {
+          for (int e = 0; e < count; ++e) scratch[e] = row[0] * number_of(columns, list[e]);
+        } else {
+          dots<S>(row, columns, list, count, size_, scratch);
+        }
         copy(static_cast<T*>(p_.values) + first, scratch, count);
       });
     });
@@ -58,7 +62,7 @@ class Pairs {
       for_each_block(crow[0], crow[1], [&](int64_t first, int count) {
         int32_t list[kListBlock];
         copy(list, p_.col + first, count);
-        combine<S>(sum, T{1}, values() + first, columns, list, count, size_);
+        add(sum, values() + first, columns, list, count);
       });
       unpack_row<S>(rows.data + i * rows.stride, sum, size_);
     });
@@ -77,7 +81,7 @@ class Pairs {
                      const int64_t* const starts = p_.starts + head * (p_.n_k + 1) + j;
                      for_each_block(starts[0], starts[1], [&](int64_t first, int count) {
                        for (int e = 0; e < count; ++e) scratch[e] = values()[p_.entries[first + e]];
-                       combine<S>(sum, T{1}, scratch, rows, p_.queries + first, count, size_);
+                       add(sum, scratch, rows, p_.queries + first, count);
                      });
                    }
                    unpack_row<S>(columns.data + j * columns.stride, sum, size_);
@@ -85,6 +89,19 @@ class Pairs {
   }
 
  private:
+  /// sum += Σ_e weights[e] · rows[list[e]].
+  void add(T* sum, const T* weights, Head<const S> rows, const int32_t* list, int count) const {
+    if (size_ != 1) return combine<S>(sum, T{1}, weights, rows, list, count, size_);
+    T part{0};
+    for (int e = 0; e < count; ++e) part += weights[e] * number_of(rows, list[e]);
+    sum[0] += part;
+  }
+
+  /// Of rows of a single number, which whole vectors take three times as long for.
+  static T number_of(Head<const S> rows, int64_t i) {
+    return load_real_part(rows.data + i * rows.stride, 1)[0];
+  }
+
   /// A block of values, then a row.
   int64_t scratch_size() const { return kListBlock + padded_; }
 

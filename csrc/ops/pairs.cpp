@@ -170,12 +170,12 @@ at::Tensor empty_factor(Factor made, const Factors& given, const PairIndices& pa
 }
 
 TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
-  for (const std::string& arguments :
+  for (const char* const arguments :
        {"products(Tensor rows, Tensor columns, Tensor crow_indices, Tensor col_indices)",
         "sums(Tensor values, Tensor columns, Tensor crow_indices, Tensor col_indices)",
         "column_sums(Tensor values, Tensor rows, Tensor crow_indices, Tensor col_indices, "
         "SymInt heads_kv, SymInt n_k)"}) {
-    m.def(torch::schema(("pair_" + arguments + " -> Tensor").c_str()),
+    m.def(torch::schema(("pair_" + std::string(arguments) + " -> Tensor").c_str()),
           {at::Tag::pt2_compliant_tag});
   }
 }

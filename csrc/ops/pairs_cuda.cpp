@@ -45,7 +45,8 @@ Places places_of(const PairIndices& pairs) {
   const at::Tensor counts = pairs.crow.diff().flatten();
   const at::Tensor offsets = at::constant_pad_nd(counts.cumsum(0), {1, 0});
   assert_contents(offsets.unfold(0, n_q + 1, n_q), pairs);
-  const at::Tensor row = at::repeat_interleave(counts, pairs.col.size(0));
+  const std::optional<std::int64_t> total = pairs.col.size(0);
+  const at::Tensor row = at::repeat_interleave(counts, total);
   const at::Tensor head_kv = at::floor_divide(row, n_q * group);
   return {row, head_kv * pairs.n_k.expect_int() + pairs.col, offsets};
 }
