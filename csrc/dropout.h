@@ -1,5 +1,5 @@
-// Which probabilities dropout keeps: 16 random bits for each pair, a function of (seed, batch, head,
-// query, key) alone.
+// Which probabilities dropout keeps: 16 random bits for each pair, a function of (seed, batch,
+// head, query, key) alone.
 #pragma once
 
 #include <cstdint>
@@ -17,24 +17,24 @@ struct DropoutRule {
   std::uint32_t threshold;  // dropped below it; of 65536
 
   /// The bits of an aligned run of kDropoutKeys keys. `head` counts batch x heads.
-  SPARSE_ATTN_HOST_DEVICE Random4 draw(std::int64_t head, std::int64_t query,
-                                       std::int64_t key) const {
+  SPARSE_ATTN_HOST_DEVICE_INLINE Random4 draw(std::int64_t head, std::int64_t query,
+                                              std::int64_t key) const {
     return philox(seed, static_cast<std::uint32_t>(key / kDropoutKeys),
                   static_cast<std::uint32_t>(query), Stream::kDropout,
                   static_cast<std::uint32_t>(head));
   }
-  SPARSE_ATTN_HOST_DEVICE bool keeps(const Random4& random, std::int64_t key) const {
+  SPARSE_ATTN_HOST_DEVICE_INLINE bool keeps(const Random4& random, std::int64_t key) const {
     const auto place = static_cast<int>(key % kDropoutKeys);
     return (random.word[place / 2] >> (place % 2 * 16) & 0xffff) >= threshold;
   }
-  SPARSE_ATTN_HOST_DEVICE bool keeps(std::int64_t head, std::int64_t query,
-                                     std::int64_t key) const {
+  SPARSE_ATTN_HOST_DEVICE_INLINE bool keeps(std::int64_t head, std::int64_t query,
+                                            std::int64_t key) const {
     return keeps(draw(head, query, key), key);
   }
 };
 
 /// The threshold of a probability to drop.
-inline std::uint32_t dropout_threshold(double probability) {
+SPARSE_ATTN_HOST_DEVICE_INLINE std::uint32_t dropout_threshold(double probability) {
   return static_cast<std::uint32_t>(probability * 65536.0 + 0.5);
 }
 

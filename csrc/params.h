@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "logit.h"
 #include "plan/schedule.h"
 
 namespace sparse_attn {
@@ -36,6 +37,7 @@ struct AttentionParams {
   TensorView output;    // (batch, heads, n_q, value_dim)
   void* lse = nullptr;  // (batch, heads, n_q) Real, natural logarithm, -inf without keys
   const std::uint8_t* key_padding = nullptr;  // (batch, n_k), 1 = ignore; null = none
+  Modifiers modifiers;
 
   const PlanView* const* plans = nullptr;  // (batch, heads)
 
@@ -45,6 +47,19 @@ struct AttentionParams {
   TensorView grad_query;           // as query
   TensorView grad_key;             // as key, zero-filled
   TensorView grad_value;           // as value, zero-filled
+
+  // Gradients of the tables alone: each of its table's shape, zero-filled, contiguous.
+  LogitTable grad_bias;
+  LogitTable grad_gate;
+
+  // Derivatives along a tangent of the inputs.
+  TensorView query_tangent;  // as query
+  TensorView key_tangent;    // as key
+  TensorView value_tangent;  // as value
+  LogitTable bias_tangent;   // as modifiers.bias; none = zero
+  LogitTable gate_tangent;
+  TensorView output_tangent;    // as output
+  void* lse_tangent = nullptr;  // as lse
 
   void* workspace = nullptr;  // as many bytes as the kernel asked for, 64-byte aligned
 };

@@ -15,7 +15,7 @@ struct Random4 {
   std::uint32_t word[4];
 };
 
-SPARSE_ATTN_HOST_DEVICE inline Random4 philox(std::uint64_t seed, std::uint32_t a, std::uint32_t b,
+SPARSE_ATTN_HOST_DEVICE_INLINE Random4 philox(std::uint64_t seed, std::uint32_t a, std::uint32_t b,
                                               Stream stream, std::uint32_t c = 0) {
   auto key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
   Random4 x{{a, b, c, static_cast<std::uint32_t>(stream)}};

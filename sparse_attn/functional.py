@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_attn._library import ops
 from sparse_attn.patterns import KeyLists, Pattern, check_pattern
 from sparse_attn.sparse_weights import SparseWeights
+from sparse_attn.tables import BlockBias, SlotBias, encode_table
 from sparse_attn.weights import attention_weights
 
 
@@ -20,8 +22,8 @@ def attention(
     *,
     key_padding_mask: Tensor | None = None,
     global_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
+    bias: Tensor | SlotBias | BlockBias | None = None,
+    gate: Tensor | SlotBias | BlockBias | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     scale: float | None = None,
@@ -34,9 +36,11 @@ def attention(
     """Softmax attention over the pairs that a pattern allows, fused, in memory linear in the
     length.
 
-    output[b, h, i] = Σ_j softmax_j(scale · query[b, h, i] · key[b, h, j]) value[b, h, j], over the
-    keys j that query i sees. A query that sees none gives output 0, log-sum-exp −inf and gradient
-    0.
+    output[b, h, i] = Σ_j softmax_j(logit[b, h, i, j]) value[b, h, j], over the keys j that query i
+    sees, with logit = softcap(gate · scale · query[b, h, i] · key[b, h, j]) + bias. A query that
+    sees none gives output 0, log-sum-exp −inf and gradient 0.
+
+    All of it is differentiable twice, in reverse and in forward mode.
 
     Args:
         query: (batch, heads, n_q, head_dim); float64, float32, bfloat16 or float16.
@@ -48,13 +52,21 @@ def attention(
         global_mask: (batch, n_k) bool, True = a global token of this example. Allowed are then the
             pairs of the pattern and of the rows and columns of these tokens, intersected with
             `Causal()` if the pattern is causal (of a `PerHead`, head by head).
-        bias: Not built yet.
-        gate: Not built yet.
-        dropout_p: Not built yet; must be 0.
-        dropout_seed: Not built yet.
-        scale: Factor of the logits; 1 / √head_dim if None.
-        softcap: Not built yet.
-        sink: Not built yet.
+        bias: Added to the logits; −inf excludes a key. (heads,): ALiBi's slopes, adding
+            −slope · |i − j|. (heads, slots): Toeplitz, a number for each slot of the pattern's
+            window, `left + 1 + right` of them, the furthest left first; for each query apart with
+            (heads, n_q, slots). (batch or 1, heads or 1, n_q, n_k): for each pair. `SlotBias` and
+            `BlockBias` take tables of other shapes. Query's dtype, or that of the log-sum-exp.
+        gate: Multiplies the scaled products; shapes as bias, without slopes. For a learned gate
+            pass `torch.sigmoid(parameter)`.
+        dropout_p: Probability that a key's weight is dropped; those kept are divided by 1 −
+            dropout_p.
+        dropout_seed: int64 tensor of no dimensions, on query's device: the same seed drops the
+            same pairs, whatever the device or the number of threads. Drawn if None.
+        scale: Factor of the products; 1 / √head_dim if None.
+        softcap: Bounds the logits, before the bias, smoothly: softcap · tanh(logit / softcap).
+        sink: (heads,), a logit without a value in each head's softmax. The log-sum-exp does not
+            count it.
         enable_gqa: Let heads be a multiple of heads_kv: query head h uses key head h // (heads /
             heads_kv).
         return_lse: Also return the log-sum-exp of the scaled logits, natural logarithm, (batch,
@@ -71,15 +83,17 @@ def attention(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape, device or value does not fit, or a token does not exist.
-        NotImplementedError: An argument that is not built yet is given.
+        NotImplementedError: On CUDA, heads of more than 256.
 
     >>> import torch
-    >>> from sparse_attn import Global, Window, attention
+    >>> from sparse_attn import Global, Window, alibi_slopes, attention
     >>> query, key, value = (torch.randn(2, 4, 100, 32, requires_grad=True) for _ in range(3))
     >>> output, lse = attention(query, key, value, Window(16) | Global([0]), return_lse=True)
     >>> output.shape, lse.shape
     (torch.Size([2, 4, 100, 32]), torch.Size([2, 4, 100]))
     >>> output.sum().backward()
+    >>> attention(query, key, value, Window(16, 0), bias=alibi_slopes(4)).shape
+    torch.Size([2, 4, 100, 32])
     """
     check_pattern(pattern)
     _check_tensors(
@@ -88,13 +102,15 @@ def attention(
         value=value,
         key_padding_mask=key_padding_mask,
         global_mask=global_mask,
-        bias=bias,
-        gate=gate,
         dropout_seed=dropout_seed,
         sink=sink,
     )
     _check_numbers(dropout_p=dropout_p, scale=scale, softcap=softcap)
     _check_flags(enable_gqa=enable_gqa, return_lse=return_lse, return_weights=return_weights)
+    bias_table, bias_kind = encode_table("bias", bias, pattern)
+    gate_table, gate_kind = encode_table("gate", gate, pattern)
+    if dropout_p > 0 and dropout_seed is None:
+        dropout_seed = torch.randint(2**63 - 1, (), device=query.device)
     output, lse = ops.attention(
         query,
         key,
@@ -103,8 +119,10 @@ def attention(
         pattern.tensors(_length(query), _length(key)),
         key_padding_mask=key_padding_mask,
         global_mask=global_mask,
-        bias=bias,
-        gate=gate,
+        bias=bias_table,
+        bias_kind=bias_kind,
+        gate=gate_table,
+        gate_kind=gate_kind,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         scale=scale,

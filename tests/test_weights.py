@@ -313,6 +313,34 @@ def test_dropout_without_a_seed_follows_torchs():
     assert (draw(1) == 0).double().mean().item() == pytest.approx(0.25, abs=0.01)
 
 
+FUSED = {
+    "bias": {"bias": cases.normal(4, 9)},
+    "gate": {"gate": cases.normal(2, 1, 40, 40)},
+    "alibi": {"bias": alibi_slopes(4, device=DEVICE, dtype=torch.float64)},
+    "sink": {"sink": cases.normal(4)},
+    "softcap": {"softcap": 0.7, "scale": 2.0},
+    "dropout": {"dropout_p": 0.3},
+    "all": {
+        "bias": BlockBias(cases.normal(1, 4, 8, 8), 5),
+        "gate": SlotBias(cases.normal(2, 4, 40, 9)),
+        "sink": cases.normal(4, seed=1),
+        "softcap": 1.5,
+        "dropout_p": 0.2,
+        "dropout_seed": torch.tensor(5, device=DEVICE),
+        "key_padding_mask": cases.padding(2, 40),
+    },
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_output_is_the_weights_times_the_values(name):
+    """With every option; dropout draws one seed for both."""
+    query, key, value = cases.inputs(Shape(40, head_dim=8), torch.float64)
+    pattern = Window(4, 4, 2) | Global([0])
+    output, weights = attention(query, key, value, pattern, return_weights=True, **FUSED[name])
+    torch.testing.assert_close(weights @ value, output)
+
+
 SMALL = Shape(6, 7, head_dim=3, value_dim=2, batch=1, kv_heads=2)
 
 

@@ -9,6 +9,7 @@
 #include "gemm.h"
 #include "key_tiles.h"
 #include "listed_forward.h"
+#include "modify.h"
 #include "scheduler.h"
 #include "softmax.h"
 #include "tile.h"
@@ -128,6 +129,7 @@ class Forward {
           rescale(arena.take<T>(kMaxTile)),
           output_rows(arena.take<T>(int64_t{kMaxTile} * round_up(dv, kLanes<T>))),
           keys(arena, d, dv),
+          modifiers(arena),
           listed(arena, d, dv) {}
 
     RowState<T> state;
@@ -137,6 +139,7 @@ class Forward {
     T* rescale;      // [query]
     T* output_rows;  // [query][value_dim]
     KeyTiles<S> keys;
+    TileModifiers<T> modifiers;
     typename ListedForward<S>::Scratch listed;
   };
 
@@ -144,7 +147,7 @@ class Forward {
     const int64_t heads = p_.batch * p_.heads, shares = list_shares(heads, p_.n_q);
     for_each_item(parallel, heads * shares, [&](int thread, int64_t item) {
       Arena arena(scratch_ + thread * scratch_bytes_);
-      const Scratch scratch(arena, d_, dv_);
+      Scratch scratch(arena, d_, dv_);
       const int64_t head = item / shares;
       const RowSweep<T> rows{wide_output(head), lse_of(head), sums_of(head)};
       listed_.run(scratch.listed, head, rows, {p_.n_q, item % shares, shares});
@@ -176,6 +179,7 @@ class Forward {
     const PassView& pass = plan.passes[pass_index];
     const Chunk& chunk = pass.chunks[chunk_index];
     scratch.keys.start(p_, plan, pass, head);
+    scratch.modifiers.start(p_, head);
     for (uint32_t s = chunk.first_segment; s < chunk.end_segment; ++s) {
       segment(scratch, head, plan, pass, pass.segments[s], pass_index);
     }
@@ -189,17 +193,17 @@ class Forward {
     state.init(dv_);
     if (resumes) resume(scratch, state, head, plan, row_tile.rows);
     if (segment.first_run < segment.end_run) {
-      const uint64_t all = ~uint64_t{0} >> (kMaxTile - row_tile.rows.count);
       const Rows<T> rows =
           whole_vector_rows(head_of<const S>(p_.query, p_.heads, head), row_tile.rows,
-                            plan.token_list, d_, all, scratch.query_rows);
+                            plan.token_list, d_, all_rows(row_tile.rows.count), scratch.query_rows);
       transpose_rows<T>(scratch.query, kMaxTile, rows, row_tile.rows.count, round_up(d_, kLanes<T>),
                         static_cast<T>(p_.scale));
       const int vectors = round_up(row_tile.rows.count, kLanes<T>) / kLanes<T>;
+      scratch.modifiers.set_rows(row_tile.rows, plan.token_list);
       for (uint32_t r = segment.first_run; r < segment.end_run; ++r) {
         const Run& run = pass.runs[r];
         for (int32_t i = 0; i < run.count; ++i)
-          attend(scratch, state, vectors, run.key_tile + i, run.mask);
+          attend(scratch, state, vectors, plan, run.key_tile + i, run.mask);
       }
     }
     if (segment.slot < 0) finish(scratch, state, head, plan, row_tile);
@@ -207,18 +211,24 @@ class Forward {
 
   /// One key tile for one row tile.
   SPARSE_ATTN_INLINE void attend(Scratch& scratch, const RowState<T>& state, int vectors,
-                                 int32_t key_tile, int32_t mask) {
+                                 const PlanView& plan, int32_t key_tile, int32_t mask) {
     KeyTile<T> keys;
     if (!scratch.keys.get(key_tile, mask, keys)) return;
     const Operand<T, true> key{keys.key.data, keys.key.stride};
-    if (keys.words) {
+    const bool modified = scratch.modifiers.exist();
+    if (keys.words && !modified) {
       gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
            SetMasked<T>{scratch.logits, keys.words});
     } else {
       gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
            SetTo<T>{scratch.logits, kMaxTile});
     }
+    if (modified) {
+      scratch.modifiers.set_keys(scratch.keys.tile(key_tile), plan.token_list);
+      scratch.modifiers.shape(scratch.logits, vectors, keys.words);
+    }
     softmax_update(scratch.logits, keys.count, vectors, *state.softmax, scratch.rescale);
+    if (modified) scratch.modifiers.drop(scratch.logits, scratch.modifiers.draw(), vectors);
     gemm(dv_, vectors, keys.count, Operand<T, false>{keys.value.data, keys.value.stride},
          scratch.logits, kMaxTile, Accumulate<T>{state.output, scratch.rescale});
   }

@@ -2,8 +2,11 @@
 #include "cpu/kernels.h"
 
 #include "backward.h"
+#include "backward_along.h"
 #include "forward.h"
 #include "pairs.h"
+#include "table_gradients.h"
+#include "tangent.h"
 
 #define SPARSE_ATTN_JOIN_(a, b, c) a##_##b##_##c
 #define SPARSE_ATTN_JOIN(a, b, c) SPARSE_ATTN_JOIN_(a, b, c)
@@ -16,21 +19,18 @@ using bfloat16 = BFloat16;
 using float16 = Float16;
 using Scalar = SPARSE_ATTN_SCALAR;
 
-int64_t forward_workspace(const AttentionParams& params, int threads) {
-  return Forward<Scalar>(params).layout(nullptr, threads);
+template <class Sweep>
+int64_t workspace(const AttentionParams& params, int threads) {
+  return Sweep(params).layout(nullptr, threads);
 }
 
-void forward(const AttentionParams& params, const Parallel& parallel) {
-  Forward<Scalar>(params).run(parallel);
+template <class Sweep>
+void run(const AttentionParams& params, const Parallel& parallel) {
+  Sweep(params).run(parallel);
 }
 
-int64_t backward_workspace(const AttentionParams& params, int threads) {
-  return Backward<Scalar>(params).layout(nullptr, threads);
-}
-
-void backward(const AttentionParams& params, const Parallel& parallel) {
-  Backward<Scalar>(params).run(parallel);
-}
+template <class Sweep>
+constexpr sparse_attn::cpu::Kernel kKernel{workspace<Sweep>, run<Sweep>};
 
 void pair_products(const PairParams& params, const Parallel& parallel) {
   Pairs<Scalar>(params).products(parallel);
@@ -50,7 +50,15 @@ namespace sparse_attn::cpu {
 
 extern const Kernels SPARSE_ATTN_JOIN(kernels, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR);
 const Kernels SPARSE_ATTN_JOIN(kernels, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR){
-    forward_workspace,        forward,       backward_workspace, backward,
-    Pairs<Scalar>::workspace, pair_products, pair_sums,          pair_column_sums};
+    kKernel<Forward<Scalar>>,
+    kKernel<Backward<Scalar>>,
+    kKernel<Tangent<Scalar>>,
+    kKernel<BackwardAlong<Scalar>>,
+    kKernel<TableGradients<Scalar, false>>,
+    kKernel<TableGradients<Scalar, true>>,
+    Pairs<Scalar>::workspace,
+    pair_products,
+    pair_sums,
+    pair_column_sums};
 
 }  // namespace sparse_attn::cpu

@@ -8,11 +8,20 @@
 
 namespace sparse_attn::cpu {
 
+/// A computation: how many bytes it wants in params.workspace, and what runs it.
+struct Kernel {
+  std::int64_t (*workspace)(const AttentionParams&, int threads);
+  void (*run)(const AttentionParams&, const Parallel&);
+};
+
 struct Kernels {
-  std::int64_t (*forward_workspace)(const AttentionParams&, int threads);
-  void (*forward)(const AttentionParams&, const Parallel&);
-  std::int64_t (*backward_workspace)(const AttentionParams&, int threads);
-  void (*backward)(const AttentionParams&, const Parallel&);
+  Kernel forward;
+  Kernel backward;
+  Kernel tangent;                // of output and log-sum-exp
+  Kernel backward_along;         // the tangent of backward
+  Kernel table_gradients;        // of bias and gate
+  Kernel table_gradients_along;  // the tangent of these
+
   std::int64_t (*pair_workspace)(const PairParams&, int threads);
   void (*pair_products)(const PairParams&, const Parallel&);
   void (*pair_sums)(const PairParams&, const Parallel&);

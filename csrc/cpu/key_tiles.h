@@ -32,9 +32,15 @@ class KeyTiles {
   /// Turns to one head (of the queries) and pass.
   void start(const AttentionParams& params, const PlanView& plan, const PassView& pass,
              int64_t head) {
+    start(params, params.key, params.value, plan, pass, head);
+  }
+  /// The same for tensors that are like the key and the value.
+  void start(const AttentionParams& params, const sparse_attn::TensorView& like_key,
+             const sparse_attn::TensorView& like_value, const PlanView& plan, const PassView& pass,
+             int64_t head) {
     const int64_t head_kv = head / (params.heads / params.heads_kv);
-    key_ = head_of<const S>(params.key, params.heads_kv, head_kv);
-    value_ = head_of<const S>(params.value, params.heads_kv, head_kv);
+    key_ = head_of<const S>(like_key, params.heads_kv, head_kv);
+    value_ = head_of<const S>(like_value, params.heads_kv, head_kv);
     const int64_t b = head / params.heads;
     padding_ = params.key_padding ? params.key_padding + b * params.n_k : nullptr;
     plan_ = &plan;
@@ -49,8 +55,7 @@ class KeyTiles {
   /// False if no row sees any key of the tile.
   bool get(int32_t index, int32_t mask, KeyTile<T>& out) {
     const Tile& tile = pass_->key_tiles[index];
-    const uint64_t all = ~uint64_t{0} >> (kMaxTile - tile.count);
-    const uint64_t seen = padding_ ? unpadded(tile) : all;
+    const uint64_t all = all_rows(tile.count), seen = unpadded(tile, plan_->token_list);
     if (seen == 0) return false;
     out.count = tile.count;
     out.words = mask < 0 ? nullptr : plan_->masks[mask];
@@ -65,17 +70,26 @@ class KeyTiles {
       return true;
     }
     const int entry = index % entries_;
-    const int padded = round_up(d_, kLanes<T>), dv_padded = round_up(dv_, kLanes<T>);
-    T* key = keys_ + int64_t{entry} * plan_->tile_keys * padded;
-    T* value = values_ + int64_t{entry} * plan_->tile_keys * dv_padded;
-    if (cached_[entry] != index) {
-      // Padded keys become zeros: whatever they hold, NaN too, is ignored.
-      pack_rows(key, key_, tile, plan_->token_list, d_, seen);
-      pack_rows(value, value_, tile, plan_->token_list, dv_, seen);
-      cached_[entry] = index;
+    const int64_t first = int64_t{entry} * plan_->tile_keys;
+    out.key = {keys_ + first * round_up(d_, kLanes<T>), round_up(d_, kLanes<T>)};
+    out.value = {values_ + first * round_up(dv_, kLanes<T>), round_up(dv_, kLanes<T>)};
+    if (cached_[entry] != index) pack(tile, plan_->token_list, seen, out);
+    cached_[entry] = index;
+    return true;
+  }
+
+  /// The same for keys of a list: what was kept is lost.
+  bool gather(const Tile& tile, const int64_t* list, KeyTile<T>& out) {
+    const uint64_t seen = unpadded(tile, list);
+    if (seen == 0) return false;
+    out = {
+        tile.count, {keys_, round_up(d_, kLanes<T>)}, {values_, round_up(dv_, kLanes<T>)}, nullptr};
+    if (seen != all_rows(tile.count)) {
+      for (int i = 0; i < tile.count; ++i) words_[i] = seen >> i & 1 ? ~uint64_t{0} : 0;
+      out.words = words_;
     }
-    out.key = {key, padded};
-    out.value = {value, dv_padded};
+    pack(tile, list, seen, out);
+    for (int i = 0; i < entries_; ++i) cached_[i] = -1;
     return true;
   }
 
@@ -83,6 +97,12 @@ class KeyTiles {
   /// A window of +-256 keeps 10 tiles in use; 16 of 64 x 64 keys and values are 512 KiB, which a
   /// level-2 cache holds. Smaller tiles have more entries in the same room.
   static constexpr int kCached = 16, kMostEntries = 64;
+
+  /// Padded keys become zeros: whatever they hold, NaN too, is ignored.
+  void pack(const Tile& tile, const int64_t* list, uint64_t seen, const KeyTile<T>& to) const {
+    pack_rows(const_cast<T*>(to.key.data), key_, tile, list, d_, seen);
+    pack_rows(const_cast<T*>(to.value.data), value_, tile, list, dv_, seen);
+  }
 
   bool reads_in_place(const Tile& tile) const {
     return reads_rows_in_place<S>(key_, tile, d_) && reads_rows_in_place<S>(value_, tile, dv_);
@@ -94,10 +114,11 @@ class KeyTiles {
   }
 
   /// Bit i is set unless key i of the tile is padding.
-  uint64_t unpadded(const Tile& tile) const {
+  uint64_t unpadded(const Tile& tile, const int64_t* list) const {
+    if (!padding_) return all_rows(tile.count);
     uint64_t bits = 0;
     for (int i = 0; i < tile.count; ++i) {
-      const bool padded = padding_[sparse_attn::token(tile, plan_->token_list, i)] != 0;
+      const bool padded = padding_[sparse_attn::token(tile, list, i)] != 0;
       bits |= static_cast<uint64_t>(!padded) << i;
     }
     return bits;

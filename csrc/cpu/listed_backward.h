@@ -15,6 +15,8 @@ class ListedBackward {
   using T = Real<S>;
 
   struct Scratch {
+    Scratch(Arena& arena, const AttentionParams& params)
+        : Scratch(arena, static_cast<int>(params.head_dim), static_cast<int>(params.value_dim)) {}
     Scratch(Arena& arena, int d, int dv)
         : row(arena.take<T>(round_up(d, kLanes<T>))),
           other(arena.take<T>(round_up(dv, kLanes<T>))),
@@ -23,7 +25,8 @@ class ListedBackward {
           p(arena.take<T>(kListBlock)),
           ds(arena.take<T>(kListBlock)),
           lse(arena.take<T>(kListBlock)),
-          delta(arena.take<T>(kListBlock)) {}
+          delta(arena.take<T>(kListBlock)),
+          modifiers(arena) {}
 
     T* row;        // a query or a key, scaled
     T* other;      // its output gradient or value
@@ -33,6 +36,7 @@ class ListedBackward {
     T* ds;
     T* lse;
     T* delta;
+    ListedModifiers<T> modifiers;
   };
 
   /// `delta` is room for (batch, heads, n_q).
@@ -43,10 +47,11 @@ class ListedBackward {
         delta_(delta) {}
 
   /// Adds to the rows of dQ, and leaves delta for the other sweep.
-  void queries(const Scratch& scratch, int64_t head, Head<T> grad_query, const Share& share) const {
+  void queries(Scratch& scratch, int64_t head, Head<T> grad_query, const Share& share) const {
     const auto& lists = p_.plans[head]->keys_of_query;
     if (!lists.starts) return;
     const Operands of(*this, head);
+    scratch.modifiers.start(p_, head);
     for (int64_t i = share.begin; i < share.end; ++i) {
       const int32_t *begin = lists.items + lists.starts[i],
                     *end = lists.items + lists.starts[i + 1];
@@ -63,7 +68,8 @@ class ListedBackward {
           scratch.lse[k] = lse;
           scratch.delta[k] = delta;
         }
-        logit_gradients(scratch, of.key, of.value, list, count);
+        logit_gradients(scratch, of.key, of.value, list, count,
+                        [&](int k) { return ListedPair{i, list[k]}; });
         combine<S>(scratch.sum, T{1}, scratch.ds, of.key, list, count, d_);
       });
       add(grad_query.data + i * grad_query.stride, scratch.sum, d_);
@@ -71,11 +77,12 @@ class ListedBackward {
   }
 
   /// Adds to the rows of dK and dV what one query head contributes.
-  void keys(const Scratch& scratch, int64_t head, Head<T> grad_key, Head<T> grad_value,
+  void keys(Scratch& scratch, int64_t head, Head<T> grad_key, Head<T> grad_value,
             const Share& share) const {
     const auto& lists = p_.plans[head]->queries_of_key;
     if (!lists.starts) return;
     const Operands of(*this, head);
+    scratch.modifiers.start(p_, head);
     for (int64_t j = share.begin; j < share.end; ++j) {
       const int32_t *begin = lists.items + lists.starts[j],
                     *end = lists.items + lists.starts[j + 1];
@@ -90,7 +97,8 @@ class ListedBackward {
           scratch.lse[i] = lse == -kInfinity<T> ? kInfinity<T> : lse;
           scratch.delta[i] = of.delta[list[i]];
         }
-        logit_gradients(scratch, of.query, of.grad_output, list, count);
+        logit_gradients(scratch, of.query, of.grad_output, list, count,
+                        [&](int k) { return ListedPair{list[k], j}; });
         combine<S>(scratch.sum, T{1}, scratch.ds, of.query, list, count, d_);
         combine<S>(scratch.other_sum, T{1}, scratch.p, of.grad_output, list, count, dv_);
       });
@@ -137,17 +145,24 @@ class ListedBackward {
 
   /// P and dS of the row at hand with the listed ones: `rows` are on the side of keys or queries,
   /// `others` on that of values or output gradients.
-  void logit_gradients(const Scratch& scratch, Head<const S> rows, Head<const S> others,
-                       const int32_t* list, int count) const {
+  template <class Pair>
+  void logit_gradients(Scratch& scratch, Head<const S> rows, Head<const S> others,
+                       const int32_t* list, int count, const Pair& pair) const {
     dots<S>(scratch.row, rows, list, count, d_, scratch.p);
     dots<S>(scratch.other, others, list, count, dv_, scratch.ds);
+    const ListedModifiers<T>& modifiers = scratch.modifiers;
+    if (modifiers.exist) scratch.modifiers.load(count, pair);
     for (int i = 0; i < count; i += kLanes<T>) {
-      // Rounding may leave S above lse; P is at most 1 all the same.
-      const Vec<T> x = load(scratch.p + i) - load(scratch.lse + i);
-      const Vec<T> p = exp<T>(x > T{0} ? Vec<T>{} : x);
-      store(scratch.p + i, p);
-      store(scratch.ds + i,
-            p * ((load(scratch.ds + i) - load(scratch.delta + i)) * static_cast<T>(p_.scale)));
+      sparse_attn::Logit<Vec<T>> s{load(scratch.p + i), broadcast(T{1}), {}};
+      Vec<T> kept = broadcast(T{1});
+      if (modifiers.exist) {
+        s = modifiers.logits(i, s.value);
+        kept = load(modifiers.kept + i);
+      }
+      const Vec<T> p = probability<T>(s.value, load(scratch.lse + i));
+      const Vec<T> ds = p * (load(scratch.ds + i) * kept - load(scratch.delta + i));
+      store(scratch.p + i, p * kept);
+      store(scratch.ds + i, ds * s.by_score * static_cast<T>(p_.scale));
     }
   }
 

@@ -31,11 +31,13 @@ class ListedForward {
     Scratch(Arena& arena, int d, int dv)
         : query(arena.take<T>(round_up(d, kLanes<T>))),
           output(arena.take<T>(round_up(dv, kLanes<T>))),
-          logits(arena.take<T>(kListBlock)) {}
+          logits(arena.take<T>(kListBlock)),
+          modifiers(arena) {}
 
     T* query;   // scaled
     T* output;  // unnormalised
     T* logits;  // then the probabilities
+    ListedModifiers<T> modifiers;
   };
 
   explicit ListedForward(const AttentionParams& params)
@@ -44,8 +46,7 @@ class ListedForward {
         dv_(static_cast<int>(params.value_dim)) {}
 
   /// The queries of one share.
-  void run(const Scratch& scratch, int64_t head, const RowSweep<T>& rows,
-           const Share& share) const {
+  void run(Scratch& scratch, int64_t head, const RowSweep<T>& rows, const Share& share) const {
     const auto& lists = p_.plans[head]->keys_of_query;
     if (!lists.starts) return;
     const int64_t head_kv = head / (p_.heads / p_.heads_kv);
@@ -54,6 +55,7 @@ class ListedForward {
                         value = head_of<const S>(p_.value, p_.heads_kv, head_kv);
     const uint8_t* padding = p_.key_padding ? p_.key_padding + head / p_.heads * p_.n_k : nullptr;
     const int padded = round_up(dv_, kLanes<T>);
+    scratch.modifiers.start(p_, head);
     for (int64_t i = share.begin; i < share.end; ++i) {
       const int32_t *begin = lists.items + lists.starts[i],
                     *end = lists.items + lists.starts[i + 1];
@@ -65,7 +67,10 @@ class ListedForward {
       scale_row(scratch.output, sum, padded);
       for_each_block(begin, end, padding, [&](const int32_t* list, int count) {
         dots<S>(scratch.query, key, list, count, d_, scratch.logits);
+        if (scratch.modifiers.exist) shape(scratch, i, list, count);
         const T rescale = update(scratch.logits, count, maximum, sum);
+        for (int k = 0; scratch.modifiers.exist && k < count; ++k)
+          scratch.logits[k] *= scratch.modifiers.kept[k];
         combine<S>(scratch.output, rescale, scratch.logits, value, list, count, dv_);
       });
       normalise_row(scratch.output, sum, padded);
@@ -78,6 +83,13 @@ class ListedForward {
     const int padded = round_up(d_, kLanes<T>);
     pack_row<S>(scratch.query, row, d_, padded);
     scale_row(scratch.query, static_cast<T>(p_.scale), padded);
+  }
+
+  /// Scores of query i -> logits.
+  static void shape(Scratch& scratch, int64_t i, const int32_t* list, int count) {
+    scratch.modifiers.load(count, [&](int k) { return ListedPair{i, list[k]}; });
+    for (int k = 0; k < count; k += kLanes<T>)
+      store(scratch.logits + k, scratch.modifiers.logits(k, load(scratch.logits + k)).value);
   }
 
   /// logits -> exp(logits - maximum); returns the factor that the sums so far shrink by.

@@ -1,6 +1,7 @@
 // Products of one row with listed rows of a tensor: what single keys need instead of tiles.
 #pragma once
 
+#include "modify.h"
 #include "tile.h"
 
 namespace {
@@ -92,6 +93,63 @@ SPARSE_ATTN_INLINE void for_each_block(const int32_t* begin, const int32_t* end,
       body(kept, seen);
     }
     begin += count;
+  }
+}
+
+/// The modifiers' numbers for listed pairs.
+template <class T>
+struct ListedModifiers {
+  explicit ListedModifiers(Arena& arena)
+      : gate(arena.take<T>(kListBlock)),
+        bias(arena.take<T>(kListBlock)),
+        kept(arena.take<T>(kListBlock)) {}
+
+  void start(const AttentionParams& params, int64_t head_) {
+    exist = params.modifiers.any();
+    if (!exist) return;
+    head = head_;
+    offset = params.n_k - params.n_q;
+    of_head.start(params, head);
+  }
+
+  /// Of `count` pairs; pair(i) gives a query and a key.
+  template <class Pair>
+  void load(int count, const Pair& pair) {
+    for (int i = 0; i < count; ++i) {
+      const auto [query, key] = pair(i);
+      const PairPlace place{query, query + offset, key};
+      gate[i] = of_head.gate.exists() ? of_head.gate.at(place, T{1}) : T{1};
+      bias[i] = of_head.bias.exists() ? of_head.bias.at(place, T{0}) : T{0};
+      kept[i] = of_head.kept(head, query, key);
+    }
+  }
+  SPARSE_ATTN_INLINE sparse_attn::Logit<Vec<T>> logits(int i, Vec<T> scores) const {
+    return sparse_attn::logit_of<VectorMath>(scores, ::load(gate + i), ::load(bias + i),
+                                             of_head.cap);
+  }
+
+  bool exist = false;
+  int64_t head = 0, offset = 0;
+  HeadModifiers<T> of_head;
+  T* gate;
+  T* bias;
+  T* kept;  // factors
+};
+
+struct ListedPair {
+  int64_t query, key;
+};
+
+/// Calls visit(tile) for the keys of query i, a tile of at most kMaxTile at a time; `room` gets
+/// their numbers.
+template <class Visit>
+SPARSE_ATTN_INLINE void for_each_list_tile(const sparse_attn::ListsView& lists, int64_t i,
+                                           int64_t* room, const Visit& visit) {
+  for (int64_t at = lists.starts[i]; at < lists.starts[i + 1]; at += kMaxTile) {
+    const int64_t left = lists.starts[i + 1] - at;
+    const int count = static_cast<int>(left < kMaxTile ? left : kMaxTile);
+    for (int k = 0; k < count; ++k) room[k] = lists.items[at + k];
+    visit(Tile{0, 1, count, 0});
   }
 }
 

@@ -87,6 +87,13 @@ SPARSE_ATTN_INLINE Vec<T> keep_lanes(Vec<T> x, uint64_t word, int vector, T othe
   return ((word_of_vector - IntVec<T>{}) & bit) != 0 ? x : broadcast(other);
 }
 
+/// P = exp(logit - lse). Rounding may leave the logit above lse; P is at most 1 all the same.
+template <class T>
+SPARSE_ATTN_INLINE Vec<T> probability(Vec<T> logit, Vec<T> lse) {
+  const Vec<T> x = logit - lse;
+  return exp<T>(x > T{0} ? Vec<T>{} : x);
+}
+
 /// The softmax state of a row tile, one lane for each query: running maximum and
 /// sum.
 template <class T>

@@ -64,6 +64,9 @@ SPARSE_ATTN_INLINE void unpack_row(S* to, const Real<S>* from, int size) {
   if (i < size) store_real_part(to + i, load(from + i), size - i);
 }
 
+/// A bit for each of the first `count` rows of a tile.
+SPARSE_ATTN_INLINE uint64_t all_rows(int count) { return ~uint64_t{0} >> (kMaxTile - count); }
+
 /// Multiplies a row of whole vectors.
 template <class T>
 SPARSE_ATTN_INLINE void scale_row(T* row, T factor, int padded) {
@@ -105,7 +108,7 @@ SPARSE_ATTN_INLINE Rows<Real<S>> whole_vector_rows(Head<const S> head, const Til
                                                    const int64_t* list, int size, uint64_t live,
                                                    Real<S>* buffer) {
   const int padded = round_up(size, kLanes<Real<S>>);
-  const bool all_live = live == ~uint64_t{0} >> (kMaxTile - tile.count);
+  const bool all_live = live == all_rows(tile.count);
   if constexpr (kSameType<S, Real<S>>) {
     if (all_live && padded == size && reads_rows_in_place(head, tile, size)) {
       return {head.row(tile, list, 0), head.stride};

@@ -17,17 +17,17 @@ Outputs attention_autocast(c10::DispatchKeySet, const AttentionArguments& a) {
   for (at::Tensor* tensor : {&cast.query, &cast.key, &cast.value}) {
     *tensor = at::autocast::cached_cast(type, *tensor, kDevice);
   }
-  return call_attention(cast);
+  return attention_op().call(cast);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparse_attn, AutocastCPU, m) {
-  m.impl("attention", TORCH_FN(attention_kernel<attention_autocast<at::kCPU>>));
+  m.impl("attention", TORCH_FN(AttentionOp::kernel<attention_autocast<at::kCPU>>));
 }
 
 TORCH_LIBRARY_IMPL(sparse_attn, AutocastCUDA, m) {
-  m.impl("attention", TORCH_FN(attention_kernel<attention_autocast<at::kCUDA>>));
+  m.impl("attention", TORCH_FN(AttentionOp::kernel<attention_autocast<at::kCUDA>>));
 }
 
 }  // namespace sparse_attn

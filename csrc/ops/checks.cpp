@@ -3,11 +3,11 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <sstream>
 #include <string>
 
+#include "ops/modifiers.h"
 #include "patterns/window.h"
 
 namespace sparse_attn {
@@ -194,25 +194,19 @@ void check_pattern_tensors(const Expression& pattern, const OptionalTensors& giv
   }
 }
 
-void check_built(const AttentionArguments& a) {
-  check_finite("scale", a.scale);
-  check_finite("softcap", a.softcap);
-  TORCH_CHECK_VALUE(a.dropout_p >= 0.0 && a.dropout_p <= 1.0,
-                    "sparse_attn: expected dropout_p in [0, 1], got ", a.dropout_p);
-  TORCH_CHECK_NOT_IMPLEMENTED(a.dropout_p == 0.0,
-                              "sparse_attn: expected dropout_p=0, more is not "
-                              "built yet, got ",
-                              a.dropout_p);
-  const std::array<std::pair<const char*, bool>, 5> arguments{
-      {{"bias", a.bias.has_value()},
-       {"gate", a.gate.has_value()},
-       {"dropout_seed", a.dropout_seed.has_value()},
-       {"softcap", a.softcap.has_value()},
-       {"sink", a.sink.has_value()}}};
-  for (const auto& [name, given] : arguments) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!given, "sparse_attn: expected no ", name,
-                                ", which is not built yet, got one");
-  }
+void check_dense_like(const char* name, const at::Tensor& tensor, const at::Tensor& query) {
+  check_kind(name, tensor);
+  check_same_place(name, tensor, query);
+  const at::ScalarType wide = lse_type(query);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == query.scalar_type() || tensor.scalar_type() == wide,
+                   "sparse_attn: expected ", name, " of dtype ", query.scalar_type(),
+                   ", as query, or ", wide, ", got ", tensor.scalar_type());
+}
+
+void check_no_sink(const CallOptions& a) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!a.sink,
+                              "sparse_attn: expected no sink: differentiate attention itself, "
+                              "whose output is that over the keys times their share");
 }
 
 at::ScalarType lse_type(const at::Tensor& query) {
@@ -228,37 +222,71 @@ Expression check_attention(const AttentionArguments& a) {
   check_tensors(a);
   check_mask("key_padding_mask", a.key_padding_mask, a);
   check_mask("global_mask", a.global_mask, a);
-  check_built(a);
+  check_finite("scale", a.scale);
   Expression pattern = check_pattern(a.pattern);
   check_sizes_of(pattern, a);
   const c10::SymInt batch = a.query.sym_size(0), heads = a.query.sym_size(1);
   check_pattern_tensors(pattern, a.pattern_tensors,
                         {a.query.sym_size(2), a.key.sym_size(2), &batch, &heads, &a.query});
+  check_modifiers(a, pattern);
   return pattern;
 }
 
-Expression check_backward(const BackwardArguments& a) {
-  const AttentionArguments forward = a.forward();
-  Expression pattern = check_attention(forward);
-  const SymSizes rows{a.query.sym_size(0), a.query.sym_size(1), a.query.sym_size(2)};
-  SymSizes outputs = rows;
-  outputs.push_back(a.value.sym_size(3));
-  for (const auto& [name, tensor] :
-       {std::pair<const char*, const at::Tensor&>{"grad_output", a.grad_output},
-        {"output", a.output}}) {
-    check_like_query(name, tensor, a.query);
-    check_shape(name, tensor, outputs, " (the query's, with the value's size)");
-  }
-  const auto check_lse = [&](const char* name, const at::Tensor& lse) {
-    const at::ScalarType type = lse_type(a.query);
-    check_kind(name, lse);
-    check_same_place(name, lse, a.query);
-    TORCH_CHECK_TYPE(lse.scalar_type() == type, "sparse_attn: expected ", name, " of dtype ", type,
-                     ", got ", lse.scalar_type());
-    check_shape(name, lse, rows, " (batch, heads, queries)");
+namespace {
+
+void check_like_output(const char* name, const at::Tensor& tensor, const AttentionArguments& a) {
+  check_like_query(name, tensor, a.query);
+  check_shape(name, tensor,
+              {a.query.sym_size(0), a.query.sym_size(1), a.query.sym_size(2), a.value.sym_size(3)},
+              " (the query's, with the value's size)");
+}
+
+void check_like_lse(const char* name, const at::Tensor& lse, const AttentionArguments& a) {
+  const at::ScalarType type = lse_type(a.query);
+  check_kind(name, lse);
+  check_same_place(name, lse, a.query);
+  TORCH_CHECK_TYPE(lse.scalar_type() == type, "sparse_attn: expected ", name, " of dtype ", type,
+                   ", got ", lse.scalar_type());
+  check_shape(name, lse, {a.query.sym_size(0), a.query.sym_size(1), a.query.sym_size(2)},
+              " (batch, heads, queries)");
+}
+
+void check_tangents(const Tangents& t, const AttentionArguments& a) {
+  const auto check_like = [&](const char* name, const OptionalTensor& tangent,
+                              const at::Tensor& input) {
+    if (!tangent) return;
+    check_like_query(name, *tangent, a.query);
+    check_shape(name, *tangent, input.sym_sizes().vec(), " (that of what it belongs to)");
   };
-  check_lse("logsumexp", a.logsumexp);
-  if (a.grad_logsumexp) check_lse("grad_logsumexp", *a.grad_logsumexp);
+  check_like("query_tangent", t.query, a.query);
+  check_like("key_tangent", t.key, a.key);
+  check_like("value_tangent", t.value, a.value);
+  check_like_table("bias_tangent", t.bias, "bias", a.bias);
+  check_like_table("gate_tangent", t.gate, "gate", a.gate);
+}
+
+}  // namespace
+
+Expression check_backward(const BackwardArguments& a) {
+  Expression pattern = check_attention(a);
+  check_like_output("grad_output", a.grad_output, a);
+  check_like_output("output", a.output, a);
+  check_like_lse("logsumexp", a.logsumexp, a);
+  if (a.grad_logsumexp) check_like_lse("grad_logsumexp", *a.grad_logsumexp, a);
+  return pattern;
+}
+
+Expression check_tangent(const TangentArguments& a) {
+  Expression pattern = check_attention(a);
+  check_like_output("output", a.output, a);
+  check_like_lse("logsumexp", a.logsumexp, a);
+  check_tangents(a.tangents, a);
+  return pattern;
+}
+
+Expression check_second(const SecondArguments& a) {
+  Expression pattern = check_backward(a);
+  check_tangents(a.tangents, a);
   return pattern;
 }
 

@@ -13,12 +13,17 @@ namespace sparse_attn {
 /// not a recompilation.
 Expression check_attention(const AttentionArguments& arguments);
 Expression check_backward(const BackwardArguments& arguments);
+Expression check_tangent(const TangentArguments& arguments);
+Expression check_second(const SecondArguments& arguments);
 
-/// Only of what is built and of the scalars: also for kernels that look at no other argument.
-void check_built(const AttentionArguments& arguments);
+/// Checks a dense tensor on the query's device, of its dtype or of that of the log-sum-exp.
+void check_dense_like(const char* name, const at::Tensor& tensor, const at::Tensor& query);
 
 /// The dtype of the log-sum-exp.
 at::ScalarType lse_type(const at::Tensor& query);
+
+/// For ops whose callers take the sink apart.
+void check_no_sink(const CallOptions& arguments);
 
 /// Parses a pattern; ValueError if it is none.
 Expression check_pattern(at::IntArrayRef pattern);

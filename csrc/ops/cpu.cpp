@@ -2,9 +2,13 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <deque>
+
 #include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/head_patterns.h"
+#include "ops/modifiers.h"
+#include "ops/sink.h"
 #include "ops/tensors.h"
 #include "ops/threads.h"
 #include "plan/cache.h"
@@ -18,8 +22,10 @@ class Call {
   Call(const AttentionArguments& a, const Expression& pattern, Direction direction)
       : query_(with_unit_stride(a.query)),
         key_(with_unit_stride(a.key)),
-        value_(with_unit_stride(a.value)) {
+        value_(with_unit_stride(a.value)),
+        modifiers_(a, pattern) {
     params = params_of(a, query_, key_, value_);
+    params.modifiers = modifiers_.get();
     if (a.key_padding_mask) {
       padding_ = a.key_padding_mask->contiguous();
       params.key_padding = static_cast<const std::uint8_t*>(padding_.const_data_ptr());
@@ -27,12 +33,32 @@ class Call {
     choose_plans(a, pattern, direction);
   }
 
-  template <class Workspace, class Kernel>
-  void run(Workspace workspace_size, Kernel kernel) {
+  void run(const cpu::Kernel& kernel) {
     const Parallel parallel = torch_threads();
-    const at::Tensor workspace = at::empty({workspace_size(params, parallel.threads)}, at::kByte);
+    const at::Tensor workspace = at::empty({kernel.workspace(params, parallel.threads)}, at::kByte);
     params.workspace = workspace.mutable_data_ptr();
-    kernel(params, parallel);
+    kernel.run(params, parallel);
+  }
+
+  /// Outputs and their gradients, for whatever follows the forward pass.
+  void set_outputs(const at::Tensor& output, const at::Tensor& lse) {
+    params.output = const_view(keep(with_unit_stride(output)));
+    params.lse = const_cast<void*>(keep(lse.contiguous()).const_data_ptr());
+  }
+  void set_gradients(const BackwardArguments& a) {
+    set_outputs(a.output, a.logsumexp);
+    params.grad_output = const_view(keep(with_unit_stride(a.grad_output)));
+    if (a.grad_logsumexp) params.grad_lse = keep(a.grad_logsumexp->contiguous()).const_data_ptr();
+  }
+  void set_tangents(const Tangents& t, const CallOptions& a) {
+    const auto view_of = [&](const OptionalTensor& tangent, const at::Tensor& input) {
+      return const_view(keep(tangent ? with_unit_stride(*tangent) : at::zeros_like(input)));
+    };
+    params.query_tangent = view_of(t.query, query_);
+    params.key_tangent = view_of(t.key, key_);
+    params.value_tangent = view_of(t.value, value_);
+    params.bias_tangent = modifiers_.table(t.bias, a.bias_kind);
+    params.gate_tangent = modifiers_.table(t.gate, a.gate_kind);
   }
 
   AttentionParams params;
@@ -73,7 +99,15 @@ class Call {
     return group % (params.heads / params.heads_kv) != 0 || tensors.heads(pattern) > 1;
   }
 
+  /// Keeps a tensor that the parameters point into.
+  const at::Tensor& keep(at::Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back();
+  }
+
   at::Tensor query_, key_, value_, padding_;
+  std::deque<at::Tensor> kept_;
+  CallModifiers modifiers_;
   std::vector<std::shared_ptr<const Schedule>> schedules_;
   std::vector<const PlanView*> plans_;
 };
@@ -83,8 +117,9 @@ const cpu::Kernels& kernels_for(const at::Tensor& query) {
       [&]() -> const cpu::Kernels& { return cpu::kernels(data_type(query.scalar_type())); });
 }
 
-Outputs attention_cpu(c10::DispatchKeySet, const AttentionArguments& a) {
+Outputs attention_cpu(c10::DispatchKeySet keys, const AttentionArguments& a) {
   const Expression pattern = check_attention(a);
+  if (a.sink) return with_sink(attention_cpu(keys, without_sink(a)), *a.sink);
   const at::Tensor output = empty_rows(a.query, a.value.size(3));
   const at::Tensor lse = empty_lse(a.query);
   if (is_empty(a)) return {output, lse};
@@ -92,40 +127,117 @@ Outputs attention_cpu(c10::DispatchKeySet, const AttentionArguments& a) {
   Call call(a, pattern, Direction::kForward);
   call.params.output = view(output);
   call.params.lse = lse.mutable_data_ptr();
-  const cpu::Kernels& kernels = kernels_for(a.query);
-  call.run(kernels.forward_workspace, kernels.forward);
+  call.run(kernels_for(a.query).forward);
   return {output, lse};
 }
 
-Gradients backward_cpu(c10::DispatchKeySet, const BackwardArguments& a) {
+/// Zero-filled, like query, key and value.
+Gradients empty_gradients(const AttentionArguments& a) {
+  return {empty_rows(a.query, a.query.size(3)).zero_(), at::zeros(a.key.sizes(), a.key.options()),
+          at::zeros(a.value.sizes(), a.value.options())};
+}
+
+void set_results(AttentionParams& params, const Gradients& gradients) {
+  params.grad_query = view(std::get<0>(gradients));
+  params.grad_key = view(std::get<1>(gradients));
+  params.grad_value = view(std::get<2>(gradients));
+}
+
+Gradients backward_cpu(c10::DispatchKeySet keys, const BackwardArguments& a) {
   const Expression pattern = check_backward(a);
-  const AttentionArguments forward = a.forward();
-  const at::Tensor grad_query = empty_rows(a.query, a.query.size(3));
-  const at::Tensor grad_key = at::zeros(a.key.sizes(), a.key.options());
-  const at::Tensor grad_value = at::zeros(a.value.sizes(), a.value.options());
-  if (is_empty(forward) || a.key.size(2) == 0) return {grad_query.zero_(), grad_key, grad_value};
-  Call call(forward, pattern, Direction::kBackward);
-  const at::Tensor grad_output = with_unit_stride(a.grad_output),
-                   output = with_unit_stride(a.output);
-  const at::Tensor lse = a.logsumexp.contiguous();
-  const at::Tensor grad_lse = a.grad_logsumexp ? a.grad_logsumexp->contiguous() : at::Tensor();
-  call.params.grad_output = const_view(grad_output);
-  call.params.output = const_view(output);
-  call.params.lse = const_cast<void*>(lse.const_data_ptr());
-  call.params.grad_lse = grad_lse.defined() ? grad_lse.const_data_ptr() : nullptr;
-  call.params.grad_query = view(grad_query);
-  call.params.grad_key = view(grad_key);
-  call.params.grad_value = view(grad_value);
+  if (a.sink) return backward_cpu(keys, over_keys(a));
+  const Gradients gradients = empty_gradients(a);
+  if (has_no_pairs(a)) return gradients;
+  Call call(a, pattern, Direction::kBackward);
+  call.set_gradients(a);
+  set_results(call.params, gradients);
+  call.run(kernels_for(a.query).backward);
+  return gradients;
+}
+
+/// The sums of one table's gradient on their way.
+class GradientOfTable {
+ public:
+  GradientOfTable(const OptionalTensor& table, std::int64_t kind, const at::Tensor& query)
+      : result_(empty_like_table(table, query)) {
+    if (!table) return;
+    sums_ = at::zeros(table->sizes(), query.options().dtype(lse_type(query)));
+    view_ = table_view(sums_, kind);
+  }
+  const LogitTable& sums() const { return view_; }
+  at::Tensor finish() const { return sums_.defined() ? result_.copy_(sums_) : result_; }
+
+ private:
+  at::Tensor result_, sums_;
+  LogitTable view_;
+};
+
+TableGradients run_tables(Call& call, const AttentionArguments& a, const cpu::Kernel& kernel) {
+  const GradientOfTable bias(a.bias, a.bias_kind, a.query), gate(a.gate, a.gate_kind, a.query);
+  call.params.grad_bias = bias.sums();
+  call.params.grad_gate = gate.sums();
+  if ((a.bias || a.gate) && !has_no_pairs(a)) call.run(kernel);
+  return {bias.finish(), gate.finish()};
+}
+
+TableGradients table_backward_cpu(c10::DispatchKeySet keys, const BackwardArguments& a) {
+  const Expression pattern = check_backward(a);
+  if (a.sink) return table_backward_cpu(keys, over_keys(a));
+  Call call(a, pattern, Direction::kForward);
+  call.set_gradients(a);
+  return run_tables(call, a, kernels_for(a.query).table_gradients);
+}
+
+/// Runs the tangent of output and log-sum-exp, which `call` then has.
+Outputs run_tangent(Call& call, const AttentionArguments& a) {
+  const at::Tensor output = empty_rows(a.query, a.value.size(3)).zero_();
+  const at::Tensor lse = empty_lse(a.query).zero_();
+  call.params.output_tangent = view(output);
+  call.params.lse_tangent = lse.mutable_data_ptr();
+  if (!has_no_pairs(a)) call.run(kernels_for(a.query).tangent);
+  return {output, lse};
+}
+
+Outputs tangent_cpu(c10::DispatchKeySet, const TangentArguments& a) {
+  const Expression pattern = check_tangent(a);
+  check_no_sink(a);
+  Call call(a, pattern, Direction::kForward);
+  call.set_outputs(a.output, a.logsumexp);
+  call.set_tangents(a.tangents, a);
+  return run_tangent(call, a);
+}
+
+SecondGradients second_cpu(c10::DispatchKeySet, const SecondArguments& a) {
+  const Expression pattern = check_second(a);
+  check_no_sink(a);
   const cpu::Kernels& kernels = kernels_for(a.query);
-  call.run(kernels.backward_workspace, kernels.backward);
-  return {grad_query, grad_key, grad_value};
+  Call by_rows(a, pattern, Direction::kForward);
+  by_rows.set_gradients(a);
+  by_rows.set_tangents(a.tangents, a);
+  const auto [output, lse] = run_tangent(by_rows, a);
+  const auto [bias, gate] = run_tables(by_rows, a, kernels.table_gradients_along);
+  const Gradients gradients = empty_gradients(a);
+  const auto& [query, key, value] = gradients;
+  if (!has_no_pairs(a)) {
+    Call call(a, pattern, Direction::kBackward);
+    call.set_gradients(a);
+    call.set_tangents(a.tangents, a);
+    call.params.output_tangent = view(output);
+    call.params.lse_tangent = lse.mutable_data_ptr();
+    set_results(call.params, gradients);
+    call.run(kernels.backward_along);
+  }
+  return {output, lse, query, key, value, bias, gate};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
-  m.impl("attention", TORCH_FN(attention_kernel<attention_cpu>));
-  m.impl("attention_backward", TORCH_FN(backward_kernel<backward_cpu>));
+  m.impl("attention", TORCH_FN(AttentionOp::kernel<attention_cpu>));
+  m.impl("attention_backward", TORCH_FN(BackwardOp::kernel<backward_cpu>));
+  m.impl("attention_table_backward", TORCH_FN(TableBackwardOp::kernel<table_backward_cpu>));
+  m.impl("attention_tangent", TORCH_FN(TangentOp::kernel<tangent_cpu>));
+  m.impl("attention_backward_backward", TORCH_FN(SecondOp::kernel<second_cpu>));
 }
 
 }  // namespace sparse_attn

@@ -213,15 +213,13 @@ class GradientOf {
 
 Gradients backward_cuda(c10::DispatchKeySet, const BackwardArguments& a) {
   const Expression pattern = check_backward(a);
-  const AttentionArguments forward = a.forward();
-  check_available(forward);
+  check_available(a);
   const c10::DeviceGuard guard(a.query.device());
   const at::Tensor for_query = empty_rows(a.query, a.query.size(3));
   const at::Tensor for_key = at::empty(a.key.sizes(), a.key.options());
   const at::Tensor for_value = at::empty(a.value.sizes(), a.value.options());
-  if (is_empty(forward) || a.key.size(2) == 0)
-    return {for_query.zero_(), for_key.zero_(), for_value.zero_()};
-  DeviceCall call(forward, pattern, true);
+  if (has_no_pairs(a)) return {for_query.zero_(), for_key.zero_(), for_value.zero_()};
+  DeviceCall call(a, pattern, true);
   const at::Tensor grad_output = call.laid_out(a.grad_output), output = call.laid_out(a.output);
   const at::Tensor lse = a.logsumexp.contiguous();
   const at::Tensor grad_lse = a.grad_logsumexp ? a.grad_logsumexp->contiguous() : at::Tensor();
@@ -247,8 +245,8 @@ Gradients backward_cuda(c10::DispatchKeySet, const BackwardArguments& a) {
 #endif
 
 TORCH_LIBRARY_IMPL(sparse_attn, SPARSE_ATTN_CUDA_KERNELS_FOR, m) {
-  m.impl("attention", TORCH_FN(attention_kernel<attention_cuda>));
-  m.impl("attention_backward", TORCH_FN(backward_kernel<backward_cuda>));
+  m.impl("attention", TORCH_FN(AttentionOp::kernel<attention_cuda>));
+  m.impl("attention_backward", TORCH_FN(BackwardOp::kernel<backward_cuda>));
 }
 
 }  // namespace sparse_attn

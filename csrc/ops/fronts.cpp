@@ -75,16 +75,28 @@ struct Front {
   template <FrontPattern (*kPattern)(Arguments...)>
   static Outputs forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                          Arguments... arguments, const OptionalTensor& key_padding_mask,
-                         const OptionalTensor& global_mask, std::optional<double> scale,
-                         bool enable_gqa) {
+                         const OptionalTensor& global_mask, const OptionalTensor& bias,
+                         std::int64_t bias_kind, const OptionalTensor& gate, std::int64_t gate_kind,
+                         double dropout_p, const OptionalTensor& dropout_seed,
+                         std::optional<double> scale, std::optional<double> softcap,
+                         const OptionalTensor& sink, bool enable_gqa) {
     const FrontPattern pattern = kPattern(arguments...);
     const Words words = encode(pattern.expression);
-    AttentionArguments a{query, key, value, words, at::ArrayRef<at::Tensor>(pattern.tensors)};
-    a.key_padding_mask = key_padding_mask;
-    a.global_mask = global_mask;
-    a.scale = scale;
-    a.enable_gqa = enable_gqa;
-    return call_attention(a);
+    const CallOptions options{words,
+                              at::ArrayRef<at::Tensor>(pattern.tensors),
+                              key_padding_mask,
+                              global_mask,
+                              bias,
+                              bias_kind,
+                              gate,
+                              gate_kind,
+                              dropout_p,
+                              dropout_seed,
+                              scale,
+                              softcap,
+                              sink,
+                              enable_gqa};
+    return attention_op().call({options, query, key, value});
   }
 
   template <FrontPattern (*kPattern)(Arguments...)>
@@ -92,13 +104,30 @@ struct Front {
                             const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                             const at::Tensor& output, const at::Tensor& logsumexp,
                             Arguments... arguments, const OptionalTensor& key_padding_mask,
-                            const OptionalTensor& global_mask, std::optional<double> scale,
+                            const OptionalTensor& global_mask, const OptionalTensor& bias,
+                            std::int64_t bias_kind, const OptionalTensor& gate,
+                            std::int64_t gate_kind, double dropout_p,
+                            const OptionalTensor& dropout_seed, std::optional<double> scale,
+                            std::optional<double> softcap, const OptionalTensor& sink,
                             bool enable_gqa) {
     const FrontPattern pattern = kPattern(arguments...);
     const Words words = encode(pattern.expression);
-    return call_backward({grad_output, grad_logsumexp, query, key, value, output, logsumexp, words,
-                          at::ArrayRef<at::Tensor>(pattern.tensors), key_padding_mask, global_mask,
-                          scale, enable_gqa});
+    const CallOptions options{words,
+                              at::ArrayRef<at::Tensor>(pattern.tensors),
+                              key_padding_mask,
+                              global_mask,
+                              bias,
+                              bias_kind,
+                              gate,
+                              gate_kind,
+                              dropout_p,
+                              dropout_seed,
+                              scale,
+                              softcap,
+                              sink,
+                              enable_gqa};
+    return backward_op().call(
+        {{options, query, key, value}, grad_output, grad_logsumexp, output, logsumexp});
   }
 };
 
@@ -125,12 +154,11 @@ namespace {
 
 OutputAndLogsumexp call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                         at::IntArrayRef words, at::ArrayRef<at::Tensor> tensors, const Options& o) {
-  AttentionArguments a{query, key, value, words, tensors};
-  a.key_padding_mask = o.key_padding_mask;
-  a.global_mask = o.global_mask;
-  a.scale = o.scale;
-  a.enable_gqa = o.enable_gqa;
-  return call_attention(a);
+  const CallOptions options{
+      words,  tensors,     o.key_padding_mask, o.global_mask,  o.bias,  o.bias_kind,
+      o.gate, o.gate_kind, o.dropout_p,        o.dropout_seed, o.scale, o.softcap,
+      o.sink, o.enable_gqa};
+  return attention_op().call({options, query, key, value});
 }
 
 OutputAndLogsumexp call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

@@ -6,48 +6,51 @@
 namespace sparse_attn {
 namespace {
 
-/// A front's schema differs from the general op's in how it says the pattern.
-std::string front(const std::string& name, const std::string& pattern) {
-  return name + "(Tensor query, Tensor key, Tensor value, " + pattern +
-         ", *, Tensor? key_padding_mask=None, Tensor? global_mask=None, float? scale=None, bool "
-         "enable_gqa=False)"
-         " -> (Tensor output, Tensor logsumexp)";
-}
+// What stands in a schema, in this order: tensors, the pattern, options, results.
+const std::string kInputs = "Tensor query, Tensor key, Tensor value";
+const std::string kForGradients =
+    "Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
+    "Tensor output, Tensor logsumexp";
+const std::string kTangents =
+    ", Tensor? query_tangent, Tensor? key_tangent, Tensor? value_tangent, Tensor? bias_tangent, "
+    "Tensor? gate_tangent";
+const std::string kGeneralPattern = "int[] pattern, Tensor[]? pattern_tensors=None";
+const std::string kOptions =
+    ", *, Tensor? key_padding_mask=None, Tensor? global_mask=None, Tensor? bias=None, "
+    "int bias_kind=1, Tensor? gate=None, int gate_kind=1, float dropout_p=0.0, "
+    "Tensor? dropout_seed=None, float? scale=None, float? softcap=None, Tensor? sink=None, "
+    "bool enable_gqa=False) -> ";
+const std::string kOutputs = "(Tensor output, Tensor logsumexp)";
+const std::string kGradients = "(Tensor grad_query, Tensor grad_key, Tensor grad_value)";
+const std::string kTableGradients = "(Tensor grad_bias, Tensor grad_gate)";
 
-std::string backward(const std::string& name, const std::string& pattern) {
-  return name +
-         "_backward(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor "
-         "value, Tensor output, "
-         "Tensor logsumexp, " +
-         pattern +
-         ", *, Tensor? key_padding_mask=None, Tensor? global_mask=None, float? scale=None, bool "
-         "enable_gqa=False)"
-         " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)";
+std::string schema(const std::string& name, const std::string& tensors, const std::string& pattern,
+                   const std::string& results) {
+  return name + "(" + tensors + ", " + pattern + kOptions + results;
 }
-
-const char* const kGeneralPattern = "int[] pattern, Tensor[]? pattern_tensors=None";
 
 }  // namespace
 
 TORCH_LIBRARY(sparse_attn, m) {
-  const auto define = [&](const std::string& schema) {
-    m.def(torch::schema(schema.c_str()), {at::Tag::pt2_compliant_tag});
+  const auto define = [&](const std::string& text) {
+    m.def(torch::schema(text.c_str()), {at::Tag::pt2_compliant_tag});
   };
-  define(std::string("attention(Tensor query, Tensor key, Tensor value, ") + kGeneralPattern +
-         ", *, Tensor? key_padding_mask=None, Tensor? global_mask=None, Tensor? bias=None, Tensor? "
-         "gate=None, "
-         "float dropout_p=0.0, Tensor? dropout_seed=None, float? scale=None, float? softcap=None, "
-         "Tensor? sink=None, "
-         "bool enable_gqa=False) -> (Tensor output, Tensor logsumexp)");
-  define(backward("attention", kGeneralPattern));
+  define(schema("attention", kInputs, kGeneralPattern, kOutputs));
+  define(schema("attention_backward", kForGradients, kGeneralPattern, kGradients));
+  define(schema("attention_table_backward", kForGradients, kGeneralPattern, kTableGradients));
+  define(schema("attention_tangent", kInputs + ", Tensor output, Tensor logsumexp" + kTangents,
+                kGeneralPattern, "(Tensor output_tangent, Tensor logsumexp_tangent)"));
+  define(schema("attention_backward_backward", kForGradients + kTangents, kGeneralPattern,
+                "(Tensor grad_grad_output, Tensor grad_grad_logsumexp, Tensor grad_query, "
+                "Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_gate)"));
 
   for (const auto& [name, pattern] :
        {std::pair<std::string, std::string>{"window_attention", "int left, int? right=None"},
         {"dilated_attention", "int left, int? right=None, int dilation=1"},
         {"global_attention", "int[] tokens, int left, int? right=None, int dilation=1"},
         {"index_attention", "Tensor indices, Tensor? counts=None"}}) {
-    define(front(name, pattern));
-    define(backward(name, pattern));
+    define(schema(name, kInputs, pattern, kOutputs));
+    define(schema(name + "_backward", kForGradients, pattern, kGradients));
   }
 
   // What patterns know about themselves.
@@ -61,55 +64,29 @@ TORCH_LIBRARY(sparse_attn, m) {
   m.def("_clear_plan_cache() -> ()");
 }
 
-namespace {
-
-template <class Function>
-const c10::TypedOperatorHandle<Function>& handle(const char* name) {
-  static const c10::TypedOperatorHandle<Function> op =
-      c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+const AttentionOp& attention_op() {
+  static const AttentionOp op("sparse_attn::attention");
   return op;
 }
 
-template <class Invoke>
-auto with_forward(const AttentionArguments& a, const Invoke& invoke) {
-  return invoke(a.query, a.key, a.value, a.pattern, a.pattern_tensors, a.key_padding_mask,
-                a.global_mask, a.bias, a.gate, a.dropout_p, a.dropout_seed, a.scale, a.softcap,
-                a.sink, a.enable_gqa);
+const BackwardOp& backward_op() {
+  static const BackwardOp op("sparse_attn::attention_backward");
+  return op;
 }
 
-template <class Invoke>
-auto with_backward(const BackwardArguments& a, const Invoke& invoke) {
-  return invoke(a.grad_output, a.grad_logsumexp, a.query, a.key, a.value, a.output, a.logsumexp,
-                a.pattern, a.pattern_tensors, a.key_padding_mask, a.global_mask, a.scale,
-                a.enable_gqa);
+const TableBackwardOp& table_backward_op() {
+  static const TableBackwardOp op("sparse_attn::attention_table_backward");
+  return op;
 }
 
-const c10::TypedOperatorHandle<AttentionFunction>& attention_op() {
-  return handle<AttentionFunction>("sparse_attn::attention");
+const TangentOp& tangent_op() {
+  static const TangentOp op("sparse_attn::attention_tangent");
+  return op;
 }
 
-const c10::TypedOperatorHandle<BackwardFunction>& backward_op() {
-  return handle<BackwardFunction>("sparse_attn::attention_backward");
-}
-
-}  // namespace
-
-Outputs call_attention(const AttentionArguments& arguments) {
-  return with_forward(arguments, [](const auto&... a) { return attention_op().call(a...); });
-}
-
-Outputs redispatch_attention(c10::DispatchKeySet keys, const AttentionArguments& arguments) {
-  return with_forward(arguments,
-                      [&](const auto&... a) { return attention_op().redispatch(keys, a...); });
-}
-
-Gradients call_backward(const BackwardArguments& arguments) {
-  return with_backward(arguments, [](const auto&... a) { return backward_op().call(a...); });
-}
-
-Gradients redispatch_backward(c10::DispatchKeySet keys, const BackwardArguments& arguments) {
-  return with_backward(arguments,
-                       [&](const auto&... a) { return backward_op().redispatch(keys, a...); });
+const SecondOp& second_op() {
+  static const SecondOp op("sparse_attn::attention_backward_backward");
+  return op;
 }
 
 }  // namespace sparse_attn

@@ -11,13 +11,13 @@ using NodePtr = decltype(torch::autograd::Edge::function);
 
 /// From torch 2.13 on, which has node.h, a node counts its references itself; in 2.11 they are
 /// counted beside it.
-template <class Derived>
-std::pair<Derived*, NodePtr> make_node(torch::autograd::edge_list&& next_edges) {
+template <class Derived, class... Arguments>
+std::pair<Derived*, NodePtr> make_node(Arguments&&... arguments) {
 #if __has_include(<torch/csrc/autograd/node.h>)
-  auto node = c10::make_intrusive<Derived>(std::move(next_edges));
+  auto node = c10::make_intrusive<Derived>(std::forward<Arguments>(arguments)...);
   return {node.get(), node};
 #else
-  auto* node = new Derived(std::move(next_edges));
+  auto* node = new Derived(std::forward<Arguments>(arguments)...);
   return {node, NodePtr(node, torch::autograd::deleteNode)};
 #endif
 }

@@ -26,7 +26,15 @@ constexpr std::int64_t kInfinite = std::numeric_limits<std::int64_t>::max();
 struct Options {
   std::optional<at::Tensor> key_padding_mask;  // (batch, keys) bool, true = ignore
   std::optional<at::Tensor> global_mask;       // (batch, keys) bool, true = global token
+  std::optional<at::Tensor> bias;              // a table of 4 dimensions, added to the logits
+  std::int64_t bias_kind = 1;                  // 1: for pairs, n: blocks, 0: slots, -1: slopes
+  std::optional<at::Tensor> gate;              // a table, multiplied with the scaled products
+  std::int64_t gate_kind = 1;                  // as bias_kind, but no slopes
+  double dropout_p = 0.0;                      // of the probabilities
+  std::optional<at::Tensor> dropout_seed;      // int64, no dimensions; with dropout_p > 0
   std::optional<double> scale;                 // 1 / sqrt(head_dim) if empty
+  std::optional<double> softcap;               // logits become softcap * tanh(logits / softcap)
+  std::optional<at::Tensor> sink;              // (heads), a logit without a value
   bool enable_gqa = false;                     // heads may be a multiple of heads_kv
   std::vector<at::Tensor> pattern_tensors;     // those that `pattern` of attention() takes
 };

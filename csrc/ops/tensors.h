@@ -62,6 +62,15 @@ inline bool is_empty(const AttentionArguments& a) {
   return a.query.size(0) == 0 || a.query.size(1) == 0 || a.query.size(2) == 0;
 }
 
+/// No query has a key.
+inline bool has_no_pairs(const AttentionArguments& a) { return is_empty(a) || a.key.size(2) == 0; }
+
+/// Of a table; without one, empty.
+inline at::Tensor empty_like_table(const OptionalTensor& table, const at::Tensor& query) {
+  return table ? at::empty_symint(table->sym_sizes(), table->options())
+               : at::empty({0}, query.options());
+}
+
 /// Of queries without a single key.
 inline Outputs without_keys(const at::Tensor& output, const at::Tensor& lse) {
   return {output.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};

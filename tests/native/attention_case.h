@@ -383,9 +383,9 @@ inline Results run(const cpu::Kernels& kernels, Case& c, int threads) {
   params.plans = forward.views();
   const Parallel parallel{threads, run_threads};
   {
-    Workspace workspace(kernels.forward_workspace(params, threads));
+    Workspace workspace(kernels.forward.workspace(params, threads));
     params.workspace = workspace.data();
-    kernels.forward(params, parallel);
+    kernels.forward.run(params, parallel);
   }
   params.plans = backward.views();
   params.grad_output = c.grad_output.view();
@@ -393,9 +393,9 @@ inline Results run(const cpu::Kernels& kernels, Case& c, int threads) {
   params.grad_query = results.grad_query.view();
   params.grad_key = results.grad_key.view();
   params.grad_value = results.grad_value.view();
-  Workspace workspace(kernels.backward_workspace(params, threads));
+  Workspace workspace(kernels.backward.workspace(params, threads));
   params.workspace = workspace.data();
-  kernels.backward(params, parallel);
+  kernels.backward.run(params, parallel);
   return results;
 }
 

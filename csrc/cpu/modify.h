@@ -1,0 +1,154 @@
+// What modifiers make of a tile of scores [key][query], between its products.
+#pragma once
+
+#include "dropout.h"
+#include "pair_place.h"
+#include "scheduler.h"
+#include "softmax.h"
+#include "tanh.h"
+
+namespace {
+
+struct VectorMath {
+  template <class V>
+  static SPARSE_ATTN_INLINE V tanh(V x) {
+    using T = std::remove_reference_t<decltype(x[0])>;
+    return ::tanh<T>(x);
+  }
+};
+
+/// The tables of one head, and which of its probabilities dropout keeps.
+template <class T>
+class HeadModifiers {
+ public:
+  void start(const AttentionParams& params, int64_t head) {
+    const Modifiers& m = params.modifiers;
+    const int64_t b = head / params.heads, h = head % params.heads;
+    const SlotWindow& window = m.window(h, params.heads);
+    gate = HeadTable<T>(m.gate, window, b, h);
+    bias = HeadTable<T>(m.bias, window, b, h);
+    cap = static_cast<T>(m.softcap);
+    drops_ = m.dropout_p > 0.0;
+    if (!drops_) return;
+    rule_ = {static_cast<uint64_t>(*m.dropout_seed), sparse_attn::dropout_threshold(m.dropout_p)};
+    factor_ = m.dropout_p < 1.0 ? static_cast<T>(1.0 / (1.0 - m.dropout_p)) : T{0};
+  }
+
+  bool drops() const { return drops_; }
+
+  /// What a probability is multiplied by: 0 if it is dropped.
+  T kept(int64_t head, int64_t query, int64_t key) const {
+    return !drops_ ? T{1} : rule_.keeps(head, query, key) ? factor_ : T{0};
+  }
+
+  /// The same for a tile of pairs.
+  void load_kept(const PlaceOfPairs& place, T* kept) const {
+    for (int r = 0; r < place.rows; ++r) {
+      int64_t run = -1;
+      sparse_attn::Random4 random{};
+      for (int k = 0; k < place.keys; ++k) {
+        const int64_t key = place.key[k];
+        if (key / sparse_attn::kDropoutKeys != run) {
+          run = key / sparse_attn::kDropoutKeys;
+          random = rule_.draw(place.head, place.query[r], key);
+        }
+        kept[k * kMaxTile + r] = rule_.keeps(random, key) ? factor_ : T{0};
+      }
+    }
+  }
+
+  HeadTable<T> gate, bias;
+  T cap = T{0};
+
+ private:
+  bool drops_ = false;
+  sparse_attn::DropoutRule rule_{};
+  T factor_ = T{1};
+};
+
+/// Calls visit(at, key, vector) for each vector of a tile of numbers.
+template <class T, class Visit>
+SPARSE_ATTN_INLINE void for_each_vector(int keys, int vectors, const Visit& visit) {
+  for (int k = 0; k < keys; ++k) {
+    for (int v = 0; v < vectors; ++v) visit(k * kMaxTile + v * kLanes<T>, k, v);
+  }
+}
+
+/// A vector of a tile that may not exist.
+template <class T>
+SPARSE_ATTN_INLINE Vec<T> load_or(const T* tile, int at, T other) {
+  return tile ? load(tile + at) : broadcast(other);
+}
+
+template <class T>
+class TileModifiers {
+ public:
+  explicit TileModifiers(Arena& arena)
+      : gate_(arena.take<T>(kMaxTile * kMaxTile)),
+        bias_(arena.take<T>(kMaxTile * kMaxTile)),
+        kept_(arena.take<T>(kMaxTile * kMaxTile)) {}
+
+  void start(const AttentionParams& params, int64_t head) {
+    exist_ = params.modifiers.any();
+    if (!exist_) return;
+    of_head_.start(params, head);
+    place_.offset = params.n_k - params.n_q;
+    place_.head = head;
+  }
+  bool exist() const { return exist_; }
+  bool drops() const { return of_head_.drops(); }
+
+  void set_rows(const Tile& tile, const int64_t* list) {
+    if (exist_) place_.set_rows(tile, list);
+  }
+  void set_keys(const Tile& tile, const int64_t* list) { place_.set_keys(tile, list); }
+
+  /// Scores -> logits, -inf where masked.
+  void shape(T* scores, int vectors, const uint64_t* words) {
+    const T *gate = of_head_.gate.load(place_, T{1}, gate_),
+            *bias = of_head_.bias.load(place_, T{0}, bias_);
+    for_each_vector<T>(place_.keys, vectors, [&](int at, int k, int v) {
+      const auto logit = sparse_attn::logit_of<VectorMath>(
+          load(scores + at), load_or(gate, at, T{1}), load_or(bias, at, T{0}), of_head_.cap);
+      store(scores + at,
+            words ? keep_lanes<T>(logit.value, words[k], v, -kInfinity<T>) : logit.value);
+    });
+  }
+
+  /// Scores -> probabilities, and what a gradient of the logits is multiplied by to be one of the
+  /// scores.
+  void shape(T* scores, T* slopes, int vectors, const uint64_t* words, const T* lse) {
+    const T *gate = of_head_.gate.load(place_, T{1}, gate_),
+            *bias = of_head_.bias.load(place_, T{0}, bias_);
+    for_each_vector<T>(place_.keys, vectors, [&](int at, int k, int v) {
+      const auto logit = sparse_attn::logit_of<VectorMath>(
+          load(scores + at), load_or(gate, at, T{1}), load_or(bias, at, T{0}), of_head_.cap);
+      const Vec<T> p = probability<T>(logit.value, load(lse + v * kLanes<T>));
+      store(scores + at, words ? keep_lanes<T>(p, words[k], v, T{0}) : p);
+      store(slopes + at, logit.by_score);
+    });
+  }
+
+  /// Which probabilities are kept, as factors; null without dropout.
+  const T* draw() {
+    if (!drops()) return nullptr;
+    of_head_.load_kept(place_, kept_);
+    return kept_;
+  }
+  void drop(T* probabilities, const T* kept, int vectors) {
+    if (!kept) return;
+    for_each_vector<T>(place_.keys, vectors, [&](int at, int, int) {
+      store(probabilities + at, load(probabilities + at) * load(kept + at));
+    });
+  }
+
+ private:
+  bool exist_ = false;
+  HeadModifiers<T> of_head_;
+  PlaceOfPairs place_{};
+  T* gate_;
+  T* bias_;
+  T* kept_;  // factors, [key][query]
+};
+
+}  // namespace

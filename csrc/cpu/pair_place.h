@@ -1,0 +1,128 @@
+// Which queries and keys a tile of pairs holds, and what the tables say of them.
+#pragma once
+
+#include "tile.h"
+
+namespace {
+
+using sparse_attn::LogitTable;
+using sparse_attn::Modifiers;
+using sparse_attn::PairPlace;
+using sparse_attn::SlotWindow;
+using sparse_attn::TableKind;
+
+/// The queries and keys of a tile of pairs.
+struct PlaceOfPairs {
+  int64_t offset;  // of positions from queries
+  int64_t head;    // batch x heads
+  int rows, keys;
+  int64_t row_step;  // between queries; 0 if it changes
+  int64_t query[kMaxTile];
+  int64_t key[kMaxTile];
+
+  void set_rows(const Tile& tile, const int64_t* list) {
+    rows = tile.count;
+    row_step = tile.list < 0 ? tile.step : 0;
+    for (int r = 0; r < rows; ++r) query[r] = sparse_attn::token(tile, list, r);
+  }
+  void set_keys(const Tile& tile, const int64_t* list) {
+    keys = tile.count;
+    for (int k = 0; k < keys; ++k) key[k] = sparse_attn::token(tile, list, k);
+  }
+  PairPlace at(int k, int r) const { return {query[r], query[r] + offset, key[k]}; }
+};
+
+/// One head of a table. A pair (k, r) of a tile is at [k][r] of a tile of numbers.
+template <class T>
+class HeadTable {
+ public:
+  HeadTable() = default;
+  HeadTable(const LogitTable& table, const SlotWindow& window, int64_t batch, int64_t head)
+      : table_(table),
+        window_(window),
+        data_(static_cast<T*>(table.data) + batch * table.batch_stride + head * table.head_stride) {
+  }
+
+  bool exists() const { return table_.kind != TableKind::kNone; }
+  T* data() const { return data_; }
+
+  /// One pair's number; `neutral` off the table.
+  T at(const PairPlace& place, T neutral) const {
+    const int64_t offset = sparse_attn::table_offset(table_, window_, place);
+    if (offset < 0) return neutral;
+    return data_[offset] * static_cast<T>(sparse_attn::table_factor(table_, place));
+  }
+
+  /// All pairs of a tile, into `numbers`; null for a table that does not exist.
+  const T* load(const PlaceOfPairs& place, T neutral, T* numbers) const {
+    if (!exists()) return nullptr;
+    for (int k = 0; k < place.keys; ++k) {
+      T* to = numbers + k * kMaxTile;
+      if (!is_toeplitz(place)) {
+        for (int r = 0; r < place.rows; ++r) to[r] = at(place.at(k, r), neutral);
+        continue;
+      }
+      const int64_t slot = first_slot(place, k);
+      for (int r = 0; r < place.rows; r += kLanes<T>) load_slots(to + r, slot - r, neutral);
+    }
+    return numbers;
+  }
+
+  /// Adds a tile of numbers to those of the table.
+  template <class Sum>
+  void add(const PlaceOfPairs& place, const T* numbers, Sum* sums) const {
+    for (int k = 0; k < place.keys; ++k) {
+      for (int r = 0; r < place.rows; ++r) {
+        const PairPlace pair = place.at(k, r);
+        const int64_t offset = sparse_attn::table_offset(table_, window_, pair);
+        if (offset < 0) continue;
+        const auto factor = static_cast<Sum>(sparse_attn::table_factor(table_, pair));
+        sums[offset] += static_cast<Sum>(numbers[k * kMaxTile + r]) * factor;
+      }
+    }
+  }
+
+ private:
+  /// Whether the slot falls by one from each query of the tile to the next, and no query has
+  /// numbers of its own.
+  bool is_toeplitz(const PlaceOfPairs& place) const {
+    return table_.kind == TableKind::kSlots && table_.row_stride == 0 &&
+           table_.column_stride == 1 && place.row_step == window_.dilation;
+  }
+
+  /// Of key k and the first query; far outside if no query has one.
+  int64_t first_slot(const PlaceOfPairs& place, int k) const {
+    const int64_t distance = place.key[k] - place.query[0] - place.offset;
+    if (distance % window_.dilation != 0) return -1;
+    return distance / window_.dilation + window_.left;
+  }
+
+  /// Slots slot, slot - 1, ... of as many queries as a vector has lanes.
+  void load_slots(T* to, int64_t slot, T neutral) const {
+    const int64_t lowest = slot - kLanes<T> + 1;
+    if (lowest >= 0 && slot < table_.columns) {
+      store(to, reversed(load_vector(data_ + lowest)));
+      return;
+    }
+    for (int l = 0; l < kLanes<T>; ++l) {
+      const bool inside = 0 <= slot - l && slot - l < table_.columns;
+      to[l] = inside ? data_[slot - l] : neutral;
+    }
+  }
+
+  static SPARSE_ATTN_INLINE Vec<T> load_vector(const T* from) { return ::load(from); }
+
+  template <int... kLane>
+  static SPARSE_ATTN_INLINE Vec<T> reversed(Vec<T> x, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(x, x, (kLanes<T> - 1 - kLane)...);
+  }
+  static SPARSE_ATTN_INLINE Vec<T> reversed(Vec<T> x) {
+    return reversed(x, std::make_integer_sequence<int, kLanes<T>>{});
+  }
+
+  LogitTable table_;
+  SlotWindow window_{0, 1};
+  T* data_ = nullptr;
+};
+
+}  // namespace

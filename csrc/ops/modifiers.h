@@ -1,0 +1,39 @@
+// Bias, gate, soft cap and dropout of a call: checked, and as the kernels read them.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "ops/arguments.h"
+#include "params.h"
+#include "patterns/expression.h"
+
+namespace sparse_attn {
+
+/// Works on symbolic sizes.
+void check_modifiers(const AttentionArguments& arguments, const Expression& pattern);
+
+/// That `tensor`, if given, has the dtype and shape of the table, which must be given then.
+void check_like_table(const char* name, const OptionalTensor& tensor, const char* table_name,
+                      const OptionalTensor& table);
+
+/// A table as the kernels read it; `tensor` has the type of the log-sum-exp and is the caller's to
+/// keep.
+LogitTable table_view(const at::Tensor& tensor, std::int64_t kind);
+
+class CallModifiers {
+ public:
+  CallModifiers(const AttentionArguments& arguments, const Expression& pattern);
+  const Modifiers& get() const { return modifiers_; }
+
+  /// A table in the type of the log-sum-exp, kept as long as this; none if there is none.
+  LogitTable table(const OptionalTensor& tensor, std::int64_t kind);
+
+ private:
+  at::ScalarType real_;
+  std::vector<at::Tensor> kept_;  // what the pointers look into
+  Modifiers modifiers_;
+};
+
+}  // namespace sparse_attn
