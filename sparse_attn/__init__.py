@@ -46,6 +46,7 @@ from sparse_attn.patterns import (
     Union,
     Window,
 )
+from sparse_attn.sparse_weights import SparseWeights
 from sparse_attn.tables import BlockBias, SlotBias, alibi_slopes
 
 __version__ = "0.1.0"
@@ -80,6 +81,7 @@ __all__ = [
     "SlotBias",
     "SparseSelfAttention",
     "SparseTransformerBlock",
+    "SparseWeights",
     "Strided",
     "Union",
     "Window",

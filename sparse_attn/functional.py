@@ -9,7 +9,9 @@ from torch import Tensor
 
 from sparse_attn._library import ops
 from sparse_attn.patterns import KeyLists, Pattern, check_pattern
+from sparse_attn.sparse_weights import SparseWeights
 from sparse_attn.tables import BlockBias, SlotBias, encode_table
+from sparse_attn.weights import attention_weights
 
 
 def attention(
@@ -30,7 +32,7 @@ def attention(
     enable_gqa: bool = False,
     return_lse: bool = False,
     return_weights: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor | SparseWeights, ...]:
     """Softmax attention over the pairs that a pattern allows, fused, in memory linear in the
     length.
 
@@ -69,18 +71,19 @@ def attention(
             heads_kv).
         return_lse: Also return the log-sum-exp of the scaled logits, natural logarithm, (batch,
             heads, n_q); float32 for half types. It is differentiable.
-        return_weights: Not built yet.
+        return_weights: Also return the `SparseWeights`, differentiable any number of times, in
+            memory linear in the pairs. Which pairs there are is listed on the host, which waits
+            for the masks where they are on a device.
 
     Returns:
-        The output (batch, heads, n_q, value_dim), in query's dtype; with `return_lse` the pair
-        (output, log-sum-exp). Half types are summed in float32. The same inputs give bitwise the
-        same results for any number of threads.
+        The output (batch, heads, n_q, value_dim), in query's dtype; with `return_lse` or
+        `return_weights` a tuple: output, log-sum-exp, weights, as far as asked for. Half types are
+        summed in float32. The same inputs give bitwise the same results for any number of threads.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape, device or value does not fit, or a token does not exist.
-        NotImplementedError: return_weights, which is not built yet; on CUDA, heads of more than
-            256.
+        NotImplementedError: On CUDA, heads of more than 256.
 
     >>> import torch
     >>> from sparse_attn import Global, Window, alibi_slopes, attention
@@ -104,10 +107,6 @@ def attention(
     )
     _check_numbers(dropout_p=dropout_p, scale=scale, softcap=softcap)
     _check_flags(enable_gqa=enable_gqa, return_lse=return_lse, return_weights=return_weights)
-    if return_weights:
-        raise NotImplementedError(
-            "sparse_attn: expected return_weights=False, True is not built yet"
-        )
     bias_table, bias_kind = encode_table("bias", bias, pattern)
     gate_table, gate_kind = encode_table("gate", gate, pattern)
     if dropout_p > 0 and dropout_seed is None:
@@ -131,7 +130,26 @@ def attention(
         sink=sink,
         enable_gqa=enable_gqa,
     )
-    return (output, lse) if return_lse else output
+    results = (output, lse) if return_lse else (output,)
+    if return_weights:
+        weights = attention_weights(
+            query,
+            key,
+            pattern,
+            lse,
+            key_padding_mask=key_padding_mask,
+            global_mask=global_mask,
+            bias=bias,
+            gate=gate,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            scale=scale,
+            softcap=softcap,
+            sink=sink,
+            enable_gqa=enable_gqa,
+        )
+        results = (*results, weights)
+    return results if len(results) > 1 else output
 
 
 def index_attention(

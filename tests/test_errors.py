@@ -251,11 +251,6 @@ def test_tokens_out_of_range(kind, token):
         refuses(call, ValueError, ["token", str(token)])
 
 
-def test_return_weights_is_for_later():
-    call = lambda: good_call(Window(3), return_weights=True)  # noqa: E731
-    refuses(call, NotImplementedError, ["return_weights"])
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, 1.5])
 def test_no_such_dropout(value):
     refuses(lambda: good_call(Window(3), dropout_p=value), ValueError, ["dropout_p", str(value)])

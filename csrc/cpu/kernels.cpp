@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "backward_along.h"
 #include "forward.h"
+#include "pairs.h"
 #include "table_gradients.h"
 #include "tangent.h"
 
@@ -31,6 +32,18 @@ void run(const AttentionParams& params, const Parallel& parallel) {
 template <class Sweep>
 constexpr sparse_attn::cpu::Kernel kKernel{workspace<Sweep>, run<Sweep>};
 
+void pair_products(const PairParams& params, const Parallel& parallel) {
+  Pairs<Scalar>(params).products(parallel);
+}
+
+void pair_sums(const PairParams& params, const Parallel& parallel) {
+  Pairs<Scalar>(params).sums(parallel);
+}
+
+void pair_column_sums(const PairParams& params, const Parallel& parallel) {
+  Pairs<Scalar>(params).column_sums(parallel);
+}
+
 }  // namespace
 
 namespace sparse_attn::cpu {
@@ -42,6 +55,10 @@ const Kernels SPARSE_ATTN_JOIN(kernels, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR
     kKernel<Tangent<Scalar>>,
     kKernel<BackwardAlong<Scalar>>,
     kKernel<TableGradients<Scalar, false>>,
-    kKernel<TableGradients<Scalar, true>>};
+    kKernel<TableGradients<Scalar, true>>,
+    Pairs<Scalar>::workspace,
+    pair_products,
+    pair_sums,
+    pair_column_sums};
 
 }  // namespace sparse_attn::cpu

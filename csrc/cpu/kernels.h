@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "pair_params.h"
 #include "params.h"
 
 namespace sparse_attn::cpu {
@@ -20,6 +21,11 @@ struct Kernels {
   Kernel backward_along;         // the tangent of backward
   Kernel table_gradients;        // of bias and gate
   Kernel table_gradients_along;  // the tangent of these
+
+  std::int64_t (*pair_workspace)(const PairParams&, int threads);
+  void (*pair_products)(const PairParams&, const Parallel&);
+  void (*pair_sums)(const PairParams&, const Parallel&);
+  void (*pair_column_sums)(const PairParams&, const Parallel&);
 };
 
 /// The kernels of the best instruction set of this machine, or of the one named in SPARSE_ATTN_ISA.

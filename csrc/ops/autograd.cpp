@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "ops/checks.h"
+#include "ops/node.h"
 #include "ops/sink.h"
 
 namespace sparse_attn {
@@ -19,21 +20,6 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::set_history;
 using torch::autograd::variable_list;
-
-using NodePtr = decltype(torch::autograd::Edge::function);
-
-/// From torch 2.13 on, which has node.h, a node counts its references itself; in 2.11 they are
-/// counted beside it.
-template <class Derived, class... Arguments>
-std::pair<Derived*, NodePtr> make_node(Arguments&&... arguments) {
-#if __has_include(<torch/csrc/autograd/node.h>)
-  auto node = c10::make_intrusive<Derived>(std::forward<Arguments>(arguments)...);
-  return {node.get(), node};
-#else
-  auto* node = new Derived(std::forward<Arguments>(arguments)...);
-  return {node, NodePtr(node, torch::autograd::deleteNode)};
-#endif
-}
 
 // ---- what nodes keep ----------------------------------------------------------------------------
 

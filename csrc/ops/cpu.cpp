@@ -1,39 +1,20 @@
 // From torch to the CPU kernels: checks, allocation, plans, threads.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <deque>
 
 #include "cpu/kernels.h"
 #include "ops/checks.h"
+#include "ops/head_patterns.h"
 #include "ops/modifiers.h"
-#include "ops/pattern_tensors.h"
 #include "ops/sink.h"
 #include "ops/tensors.h"
+#include "ops/threads.h"
 #include "plan/cache.h"
 
 namespace sparse_attn {
 namespace {
-
-void run_threads(int threads, void (*body)(void*, int), void* context) {
-  at::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t) body(context, static_cast<int>(t));
-  });
-}
-
-/// The tokens that each example's row of the mask names.
-std::vector<std::vector<std::int64_t>> global_tokens(const at::Tensor& mask) {
-  const at::Tensor rows = mask.contiguous();
-  const bool* data = rows.const_data_ptr<bool>();
-  std::vector<std::vector<std::int64_t>> tokens(static_cast<std::size_t>(rows.size(0)));
-  for (std::int64_t b = 0; b < rows.size(0); ++b) {
-    for (std::int64_t i = 0; i < rows.size(1); ++i) {
-      if (data[b * rows.size(1) + i]) tokens[static_cast<std::size_t>(b)].push_back(i);
-    }
-  }
-  return tokens;
-}
 
 /// A call on its way to the kernels: their parameters, and what keeps the pointers in them alive.
 class Call {
@@ -53,7 +34,7 @@ class Call {
   }
 
   void run(const cpu::Kernel& kernel) {
-    const Parallel parallel{at::get_num_threads(), run_threads};
+    const Parallel parallel = torch_threads();
     const at::Tensor workspace = at::empty({kernel.workspace(params, parallel.threads)}, at::kByte);
     params.workspace = workspace.mutable_data_ptr();
     kernel.run(params, parallel);
@@ -83,52 +64,18 @@ class Call {
   AttentionParams params;
 
  private:
-  /// What a plan is made from: one of the patterns listed, for one example and head.
-  struct Job {
-    const Expression* pattern;
-    std::int64_t example;
-    std::int64_t head;
-  };
-
-  /// One plan for each example and head. Most calls have the same one throughout, and the cache
-  /// makes it once; those that differ are made side by side.
+  /// One plan for each example and head; those that differ are made side by side.
   void choose_plans(const AttentionArguments& a, const Expression& pattern, Direction direction) {
-    const auto patterns = head_patterns(pattern);
-    const auto group = params.heads / static_cast<std::int64_t>(patterns.size());
-    const PatternTensors tensors(pattern, a.pattern_tensors);
-    const auto tokens =
-        a.global_mask ? global_tokens(*a.global_mask) : std::vector<std::vector<std::int64_t>>();
-    std::vector<Job> jobs;
-    std::vector<std::size_t> job_of;
-    for (std::int64_t b = 0; b < params.batch; ++b) {
-      for (std::int64_t h = 0; h < params.heads; ++h) {
-        const Expression& one = patterns[static_cast<std::size_t>(h / group)];
-        const bool as_before = h % group != 0 && tensors.heads(one) == 1;
-        const bool as_first = b > 0 && !a.global_mask && tensors.batch(one) == 1;
-        if (as_first) {
-          job_of.push_back(job_of[static_cast<std::size_t>(h)]);
-        } else {
-          if (!as_before) jobs.push_back({&one, b, h});
-          job_of.push_back(jobs.size() - 1);
-        }
-      }
-    }
-    schedules_.resize(jobs.size());
-    const int chunks = turns(patterns.size(), tensors, pattern, direction) ? 1 : 0;
-    at::parallel_for(0, static_cast<std::int64_t>(jobs.size()), 1, [&](auto begin, auto end) {
-      for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
-        const Job& job = jobs[i];
-        const Expression* one = job.pattern;
-        Expression with_tokens;
-        if (a.global_mask) {
-          with_tokens = with_global_tokens(*one, tokens[static_cast<std::size_t>(job.example)]);
-          one = &with_tokens;
-        }
-        schedules_[i] =
-            make_schedule(*one, tensors.slices(job.example, job.head), direction, chunks);
-      }
+    const HeadPatterns of_heads(pattern, a.pattern_tensors, a.global_mask, params.batch,
+                                params.heads);
+    schedules_.resize(of_heads.size());
+    const std::size_t patterns = head_patterns(pattern).size();
+    const int chunks = turns(patterns, of_heads.tensors(), pattern, direction) ? 1 : 0;
+    of_heads.for_each([&](std::size_t i, const Expression& one, const auto& tensors) {
+      schedules_[i] = make_schedule(one, tensors, direction, chunks);
     });
-    for (const std::size_t job : job_of) plans_.push_back(&schedules_[job]->view());
+    for (const std::size_t number : of_heads.numbers())
+      plans_.push_back(&schedules_[number]->view());
     params.plans = plans_.data();
   }
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "patterns/pattern.h"
+#include "plan/plan.h"
 
 namespace sparse_attn {
 
@@ -18,5 +18,8 @@ Lists lists_of(const std::vector<Pair>& pairs, std::int64_t n_q);
 
 /// The queries of each of the n_k keys, ascending.
 Lists transposed(const Lists& lists, std::int64_t n_k);
+
+/// All keys that each query sees, ascending: every pair of the plan's tiles and lists.
+Lists all_keys(const Plan& plan);
 
 }  // namespace sparse_attn

@@ -59,6 +59,11 @@ class Config:
         }
         return patterns[self.attention]
 
+    @property
+    def global_tokens(self) -> int:
+        """How many bytes at the start all later ones look at, by the pattern."""
+        return {"longformer": 1, "bigbird": max(1, self.window // 4)}.get(self.attention, 0)
+
     def keys_per_query(self, length: int) -> float:
         """How many keys a query sees, on average over queries and layers."""
         pairs = sum(self.pattern(layer).cost(length).pairs for layer in range(self.layers))
@@ -110,10 +115,14 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def attend(self, x: torch.Tensor, turns: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def query_key_value(self, x: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, H, N, D) each."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
-        query, key = rotate(qkv[:, :, :2], turns).transpose(1, 3).unbind(2)  # (B, H, N, D)
-        value = qkv[:, :, 2].transpose(1, 2)
+        query, key = rotate(qkv[:, :, :2], turns).transpose(1, 3).unbind(2)
+        return query, key, qkv[:, :, 2].transpose(1, 2)
+
+    def attend(self, x: torch.Tensor, turns: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        query, key, value = self.query_key_value(x, turns)
         if cache is not None:
             heads = cache.attend(query, key, value)
         elif self.pattern is None:
