@@ -14,11 +14,10 @@ class ListWork {
     const std::int64_t tokens = side == Side::kRows ? a.call.n_q : a.call.n_k;
     const std::int64_t heads = side == Side::kRows ? a.call.heads : a.call.heads_kv;
     found_ = row_number() < a.call.batch * heads * tokens;
-    if (!found_) return;
-    const ListsView& lists = a.lists[place.plan(a)];
-    if (lists.starts == nullptr) return;
-    begin_ = lists.items + lists.starts[place.number];
-    end_ = lists.items + lists.starts[place.number + 1];
+    if (found_) find_list(a);
+  }
+  __device__ ListWork(const Arguments& a, const HeadWork& place_) : place(place_), found_(true) {
+    find_list(a);
   }
 
   __device__ bool found() const { return found_; }
@@ -35,6 +34,13 @@ class ListWork {
   const HeadWork place;
 
  private:
+  __device__ void find_list(const Arguments& a) {
+    const ListsView& lists = a.lists[place.plan(a)];
+    if (lists.starts == nullptr) return;
+    begin_ = lists.items + lists.starts[place.number];
+    end_ = lists.items + lists.starts[place.number + 1];
+  }
+
   bool found_;
   const std::int32_t* begin_ = nullptr;
   const std::int32_t* end_ = nullptr;
