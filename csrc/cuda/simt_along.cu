@@ -13,6 +13,10 @@ namespace sparse_attn::cuda {
 
 AlongKernels SPARSE_ATTN_NAME(simt_along, SPARSE_ATTN_SCALAR)(const Kernels& portable) {
   using S = SPARSE_ATTN_SCALAR;
+  static_assert(
+      largest_shared<SimtTangent<S>, SimtBackwardAlong<S, Side::kRows>, SimtTableSums<S>> <=
+          64 * 1024,
+      "every device has as much");
   return {&portable,
           launch<SimtTangent<S>>,
           launch<MergeTangents<S>>,

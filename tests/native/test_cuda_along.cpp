@@ -554,7 +554,7 @@ int main() {
   test_reference();
   test_tables();
   test_owned_blocks();
-  test_random_cases(32);
+  test_random_cases(20);
   test_passes_slots_and_lists();
   test_evaluated_passes();
   test_rows_without_keys();
