@@ -34,7 +34,7 @@ struct DropoutRule {
 };
 
 /// The threshold of a probability to drop.
-inline std::uint32_t dropout_threshold(double probability) {
+SPARSE_ATTN_HOST_DEVICE inline std::uint32_t dropout_threshold(double probability) {
   return static_cast<std::uint32_t>(probability * 65536.0 + 0.5);
 }
 
