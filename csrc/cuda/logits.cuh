@@ -84,10 +84,6 @@ class HeadLogits {
                        const PairPlace (&at)[kCount]) const {
     LogitTable known = table;
     switch (table.kind) {
-      case TableKind::kNone:
-#pragma unroll
-        for (T& number : numbers) number = missing;
-        return;
       case TableKind::kSlopes:
         known.kind = TableKind::kSlopes;
         return load_known(numbers, known, window_, first, missing, at);
@@ -101,7 +97,11 @@ class HeadLogits {
         if (table.block != 1) return load_known(numbers, known, window_, first, missing, at);
         known.block = 1;
         return load_known(numbers, known, window_, first, missing, at);
+      case TableKind::kNone:
+        break;
     }
+#pragma unroll
+    for (T& number : numbers) number = missing;
   }
 
   template <int kCount>
@@ -121,6 +121,18 @@ class HeadLogits {
   const T* const bias_;
   const T* const gate_;
 };
+
+/// weights = P ∘ slopes, or P without them; 0 where P is, whatever a masked pair's product was.
+template <class T, int kRows, int kCount>
+__device__ inline void weigh(T (&weights)[kRows][kCount], const T (&p)[kRows][kCount],
+                             const T (&slopes)[kRows][kCount], bool has_slopes) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      weights[r][i] = has_slopes && p[r][i] != T{0} ? p[r][i] * slopes[r][i] : p[r][i];
+  }
+}
 
 /// The draws of one head of queries.
 class HeadDropout {

@@ -167,15 +167,16 @@ class MmaBackward {
     const FragmentPlace place{work_, now.tile(), warp_row_, now.first_column(), now.active(kGroup)};
     const char* x = ring_ + i % kStages * 2 * kPartBytes;
     const char* y = x + kPartBytes;
-    Logits p, weights;
+    Logits p, weights, slopes;
     Products::template rows_by_rows<kColumns>(p, own_x_, warp_row_, x, place.active);
     const bool shapes = a_.call.modifiers.change_logits();
     if (shapes) {
-      shape_fragments<kByRows>(p, weights, HeadLogits<float>(a_.call, work_.batch, heads.number),
+      shape_fragments<kByRows>(p, slopes, HeadLogits<float>(a_.call, work_.batch, heads.number),
                                place);
     }
     probabilities(p, now, i, place.active, shapes ? 1.0f : static_cast<float>(a_.call.scale));
-    if (kNeedsX) weigh(weights, p, shapes);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) weigh(weights[g], p[g], slopes[g], shapes);
     if (kNeedsY) {
       drop(p, place, i, 1.0f);
       Products::template add_by_columns<kColumns>(sum_y_, p, y, place.active);
@@ -371,21 +372,6 @@ class MmaBackward {
         for (int i = 0; i < 4; ++i) {
           const float of_row = kByRows ? row_delta_[g][i / 2] : delta[column(n, i)];
           ds[g][n][i] = p[g][n][i] * (ds[g][n][i] - of_row);
-        }
-      }
-    }
-  }
-
-  /// weights -> P ∘ weights, or P without them; 0 where P is, whatever a masked pair's product was.
-  static __device__ void weigh(Logits& weights, const Logits& p, bool has_weights) {
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float x = p[g][n][i];
-          weights[g][n][i] = has_weights && x != 0.0f ? x * weights[g][n][i] : x;
         }
       }
     }

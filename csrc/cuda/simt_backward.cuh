@@ -104,12 +104,12 @@ class SimtBackward {
   __device__ void visit_with_modifiers(const Heads& of, const VisitWalk& at, std::int64_t head,
                                        int first) {
     tiles_.load_keeps(at, head);
-    Logits d, weights;
+    Logits d, weights, slopes;
     Products::rows_by_rows(d, of.own_x, of.other_x, tiles_.stage);
     const bool shapes = a_.call.modifiers.change_logits();
-    if (shapes) tiles_.template shape<kByRows>(d, weights, head);
+    if (shapes) tiles_.template shape<kByRows>(d, slopes, head);
     probabilities(d, shapes ? T{1} : static_cast<T>(a_.call.scale));
-    weigh(weights, d, shapes);
+    weigh(weights, d, slopes, shapes);
     if (!kByRows) {
       tiles_.template drop<kByRows>(d);
       Products::store(tiles_.tile, d);
@@ -154,16 +154,6 @@ class SimtBackward {
         const T p = probability(s[i][j] * scale, tiles_.lse[row(i, j)]);
         s[i][j] = tiles_.allows(row(i, j), key(i, j)) ? p : T{0};
       }
-    }
-  }
-
-  /// weights -> P ∘ weights, or P without them; 0 where P is, whatever a masked pair's product was.
-  static __device__ void weigh(Logits& weights, const Logits& p, bool has_weights) {
-#pragma unroll
-    for (int i = 0; i < kSimtRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < kSimtRows; ++j)
-        weights[i][j] = has_weights && p[i][j] != T{0} ? p[i][j] * weights[i][j] : p[i][j];
     }
   }
 
