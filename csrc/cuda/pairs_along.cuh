@@ -2,16 +2,9 @@
 // dropout, and its gradients; each with its change along a tangent of the inputs (`_dot`).
 #pragma once
 
-#include "cuda/scalar.cuh"
-#include "cuda/tiles.cuh"
-#include "dropout.h"
+#include "cuda/logits.cuh"
 
 namespace sparse_attn::cuda {
-
-struct MathAlong {
-  static __device__ float tanh(float x) { return tanhf(x); }
-  static __device__ double tanh(double x) { return ::tanh(x); }
-};
 
 /// The numbers that a table has for the pairs of one head.
 template <class T>
@@ -77,10 +70,10 @@ class HeadAlong {
                                                              T score_dot) const {
     const T bias = bias_.number(window_, at, T{0}), excluded = static_cast<T>(-kInfinity);
     if (bias == excluded) return {{{excluded, T{0}, T{0}}, {T{0}, T{0}, T{0}}}, T{0}};
-    return {logit_along<MathAlong>(score, gate_.number(window_, at, T{1}), bias, score_dot,
-                                   gate_dot_.number(window_, at, T{0}),
-                                   bias_dot_.number(window_, at, T{0}),
-                                   static_cast<T>(call_.modifiers.softcap)),
+    return {logit_along<DeviceMath>(score, gate_.number(window_, at, T{1}), bias, score_dot,
+                                    gate_dot_.number(window_, at, T{0}),
+                                    bias_dot_.number(window_, at, T{0}),
+                                    static_cast<T>(call_.modifiers.softcap)),
             kept(at)};
   }
 

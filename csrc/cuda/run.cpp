@@ -73,7 +73,7 @@ class Sequence {
     }
     for (const DeviceLists& lists : all_lists()) {
       begin(lists, lists.keys_of_query);
-      queue(kernels_.listed_forward, blocks_for_rows(heads_ * p_.n_q));
+      queue(list_sweeps().forward, blocks_for_rows(heads_ * p_.n_q));
     }
     if (sweeps() > 1) queue(kernels_.finish_states, blocks_for_rows(heads_ * p_.n_q));
   }
@@ -106,9 +106,9 @@ class Sequence {
     }
     for (const DeviceLists& lists : all_lists()) {
       begin(lists, lists.keys_of_query);
-      queue(kernels_.listed_grad_query, blocks_for_rows(heads_ * p_.n_q));
+      queue(list_sweeps().grad_query, blocks_for_rows(heads_ * p_.n_q));
       begin(lists, lists.queries_of_key);
-      queue(kernels_.listed_grad_key_value, blocks_for_rows(heads_kv_ * p_.n_k));
+      queue(list_sweeps().grad_key_value, blocks_for_rows(heads_kv_ * p_.n_k));
     }
   }
 
@@ -302,7 +302,11 @@ class Sequence {
   }
 
   const Sweeps& sweeps_of(const PassAtHand& pass) const {
+    if (p_.modifiers.any()) return kernels_.modified;
     return pass.shape.evaluated ? kernels_.evaluated : kernels_.planned;
+  }
+  const ListSweeps& list_sweeps() const {
+    return p_.modifiers.any() ? kernels_.listed_modified : kernels_.listed;
   }
   void begin(const PassAtHand& pass) {
     arguments_.passes = pass.table;
@@ -364,9 +368,10 @@ Kernels backward_kernels(const AlongKernels& along) {
   Kernels kernels = *along.portable;
   kernels.planned.grad_query = along.grad_query;
   kernels.planned.grad_key_value = along.grad_key_value;
-  kernels.evaluated = kernels.planned;
-  kernels.listed_grad_query = along.listed_grad_query;
-  kernels.listed_grad_key_value = along.listed_grad_key_value;
+  kernels.evaluated = kernels.modified = kernels.planned;
+  kernels.listed.grad_query = along.listed_grad_query;
+  kernels.listed.grad_key_value = along.listed_grad_key_value;
+  kernels.listed_modified = kernels.listed;
   return kernels;
 }
 

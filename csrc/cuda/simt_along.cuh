@@ -30,7 +30,7 @@ class ColumnSums {
 
   /// Adds a tile times rows of the other side, from column `first` on, through the tile's memory.
   __device__ void add(const typename Products::Logits& d, const TileRows<S>& other, int first,
-                      SimtTiles<S>& tiles) {
+                      SimtTiles<S, false>& tiles) {
     sync_threads();  // all are done with the tile before
     Products::store(tiles.tile, d);
 #pragma unroll

@@ -15,7 +15,8 @@ class SimtPairs {
 
  public:
   using Logits = typename Products::Logits;
-  static constexpr int kSharedBytes = SimtTiles<S>::kBytes + 2 * SimtTiles<S>::kStatsBytes;
+  static constexpr int kSharedBytes =
+      SimtTiles<S, false>::kBytes + 2 * SimtTiles<S, false>::kStatsBytes;
 
   /// A head of queries and what it sees of the key head.
   struct Head {
@@ -34,7 +35,7 @@ class SimtPairs {
       : tiles(a, work),
         a_(a),
         work_(work),
-        lse_dot_(reinterpret_cast<T*>(shared_memory() + SimtTiles<S>::kBytes)),
+        lse_dot_(reinterpret_cast<T*>(shared_memory() + SimtTiles<S, false>::kBytes)),
         delta_dot_(lse_dot_ + kMaxTile) {
     if (kByRows) {
       load_rows(work.row_tile(0), work.head);
@@ -112,7 +113,7 @@ class SimtPairs {
             numbers(row(i, j)), d.dp[i][j], d.dp_dot[i][j]};
   }
 
-  SimtTiles<S> tiles;
+  SimtTiles<S, false> tiles;
 
  private:
   /// Rows that have no keys are left out.

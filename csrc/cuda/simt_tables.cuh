@@ -175,7 +175,7 @@ class SimtTableSums {
 
   __device__ void add() {
     double of_slopes = 0.0;
-    SimtTiles<S>& tiles = tile_.pairs.tiles;
+    SimtTiles<S, false>& tiles = tile_.pairs.tiles;
     for (VisitWalk at(work_, tiles.covers); !at.done(); at.next()) {
       tile_.visit(at, [&](int i, int j, T term) {
         if (is(TableKind::kSlopes)) {

@@ -131,7 +131,7 @@ struct AlongCase {
     return windows[index(head * static_cast<std::int64_t>(windows.size()) / base.shape.heads())];
   }
   bool sees(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
-    return base.sees_key(allowed[index(b * base.shape.heads() + h)], b, i, j);
+    return base.sees_key(allowed[index(b * base.shape.heads() + h)], b, h, i, j);
   }
 
   void put_into(AttentionParams& params) {
