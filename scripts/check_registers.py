@@ -1,7 +1,8 @@
 """Print what each CUDA kernel takes of registers, and fail if a fast one spills them.
 
 The numbers are ptxas's own: build with -DCMAKE_CUDA_FLAGS=-Xptxas=-v and give the log of the build.
-Fast kernels are those on tensor cores with masks of a plan; others may spill, and it is printed.
+Fast kernels are those on tensor cores with masks of a plan, for calls without modifiers; others may
+spill, and it is printed.
 """
 
 import argparse

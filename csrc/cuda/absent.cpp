@@ -1,6 +1,7 @@
 // In the place of the kernels where there is no CUDA compiler: the bridge links, and says so.
 #include <stdexcept>
 
+#include "cuda/along.h"
 #include "cuda/evaluate.h"
 #include "cuda/kernels.h"
 
@@ -15,6 +16,7 @@ const char* built_for() { return ""; }
 Device use_device(int) { fail(); }
 bool is_capturing(void*) { fail(); }
 const Kernels& kernels_for(DataType, std::int64_t, bool, const Device&) { fail(); }
+const AlongKernels& along_kernels_for(DataType) { fail(); }
 void make_global_pass(const GlobalPass&, void*) { fail(); }
 void filter_lists(const ListFilter&, void*) { fail(); }
 

@@ -50,7 +50,8 @@ struct Arguments {
   std::int32_t end_reduction = 0;
 
   /// Backward only.
-  void* delta = nullptr;  // (batch, heads, n_q) Real: rowsum(dO * O) less the gradient of lse
+  void* delta = nullptr;      // (batch, heads, n_q) Real: rowsum(dO * O) less the gradient of lse
+  void* delta_dot = nullptr;  // its change along a tangent of the inputs; null without
   Gradient grad_query, grad_key, grad_value;
 };
 

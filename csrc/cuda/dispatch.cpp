@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "cuda/along.h"
 #include "cuda/kernels.h"
 
 namespace sparse_attn::cuda {
@@ -14,6 +15,11 @@ const Kernels& simt_float32();
 const Kernels& simt_float64();
 const Kernels& simt_bfloat16();
 const Kernels& simt_float16();
+
+AlongKernels simt_along_float32(const Kernels& portable);
+AlongKernels simt_along_float64(const Kernels& portable);
+AlongKernels simt_along_bfloat16(const Kernels& portable);
+AlongKernels simt_along_float16(const Kernels& portable);
 
 #define X(scalar, size) Kernels mma_##scalar##_##size(const Kernels& portable);
 SPARSE_ATTN_MMA_INSTANCES
@@ -69,6 +75,24 @@ const Kernels& kernels_for(DataType type, std::int64_t head_size, bool tf32, con
   const bool serves = found != instances.end() && found->first.first == type &&
                       found->second.shared_bytes <= device.shared_bytes;
   return serves ? found->second : simt;
+}
+
+const AlongKernels& along_kernels_for(DataType type) {
+  static const AlongKernels float32 = simt_along_float32(simt_float32()),
+                            float64 = simt_along_float64(simt_float64()),
+                            bfloat16 = simt_along_bfloat16(simt_bfloat16()),
+                            float16 = simt_along_float16(simt_float16());
+  switch (type) {
+    case DataType::kFloat64:
+      return float64;
+    case DataType::kBFloat16:
+      return bfloat16;
+    case DataType::kFloat16:
+      return float16;
+    case DataType::kFloat32:
+      break;
+  }
+  return float32;
 }
 
 }  // namespace sparse_attn::cuda

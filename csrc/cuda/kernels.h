@@ -20,6 +20,13 @@ struct Sweeps {
   Launch grad_value;
 };
 
+/// Those that go through lists.
+struct ListSweeps {
+  Launch forward;
+  Launch grad_query;
+  Launch grad_key_value;
+};
+
 /// Those of one storage type and path. Blocks: a launch over tasks, reductions or rows wants
 /// `blocks_for_rows(rows)` or (tasks or reductions) * heads of them.
 struct Kernels {
@@ -30,15 +37,15 @@ struct Kernels {
 
   Sweeps planned;    // for visits with masks of the plan
   Sweeps evaluated;  // for those that are left to a program, too
+  Sweeps modified;   // for either, in calls with modifiers
 
   Launch merge_states;
   Launch finish_states;
   Launch delta;
   Launch reduce_rows;  // slots of dQ
   Launch reduce_keys;  // slots of dK and dV
-  Launch listed_forward;
-  Launch listed_grad_query;
-  Launch listed_grad_key_value;
+  ListSweeps listed;
+  ListSweeps listed_modified;  // in calls with modifiers
 };
 
 /// The most shared memory that any of some kernels asks for.

@@ -16,23 +16,23 @@ namespace {
 constexpr int kHeadSize = SPARSE_ATTN_HEAD_SIZE;
 using S = SPARSE_ATTN_SCALAR;
 
-template <Grad kGrad, bool kEvaluates>
-using Backward = MmaBackward<S, kHeadSize, kGrad, kEvaluates>;
-template <bool kEvaluates>
-using Forward = MmaForward<S, kHeadSize, kEvaluates>;
+template <Grad kGrad, bool kGeneral>
+using Backward = MmaBackward<S, kHeadSize, kGrad, kGeneral>;
+template <bool kGeneral>
+using Forward = MmaForward<S, kHeadSize, kGeneral>;
 
 constexpr bool kBoth = kHeadSize <= kMostForBoth;
 
 /// Only what the table asks for is instantiated.
-template <bool kEvaluates>
+template <bool kGeneral>
 Sweeps sweeps() {
-  Sweeps all{launch<Forward<kEvaluates>>, launch<Backward<Grad::kQuery, kEvaluates>>, nullptr,
-             nullptr, nullptr};
+  Sweeps all{launch<Forward<kGeneral>>, launch<Backward<Grad::kQuery, kGeneral>>, nullptr, nullptr,
+             nullptr};
   if constexpr (kBoth) {
-    all.grad_key_value = launch<Backward<Grad::kKeyValue, kEvaluates>>;
+    all.grad_key_value = launch<Backward<Grad::kKeyValue, kGeneral>>;
   } else {
-    all.grad_key = launch<Backward<Grad::kKey, kEvaluates>>;
-    all.grad_value = launch<Backward<Grad::kValue, kEvaluates>>;
+    all.grad_key = launch<Backward<Grad::kKey, kGeneral>>;
+    all.grad_value = launch<Backward<Grad::kValue, kGeneral>>;
   }
   return all;
 }
@@ -48,7 +48,7 @@ Kernels SPARSE_ATTN_NAME(mma)(const Kernels& portable) {
   kernels.in_forward = {Forward<true>::kTilesPerTask, 1};
   kernels.in_backward = {GradQuery::kTilesPerTask, GradKeyValue::kTilesPerTask};
   kernels.planned = sweeps<false>();
-  kernels.evaluated = sweeps<true>();
+  kernels.evaluated = kernels.modified = sweeps<true>();
   return kernels;
 }
 

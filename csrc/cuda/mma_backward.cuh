@@ -9,6 +9,7 @@
 
 #include "cuda/evaluate.cuh"
 #include "cuda/mma_copy.cuh"
+#include "cuda/mma_logits.cuh"
 #include "cuda/mma_steps.cuh"
 #include "cuda/states.cuh"
 
@@ -20,8 +21,8 @@ template <class S, int kHeadSize, Grad kGrad>
 constexpr Shape kBackwardShape = kGrad == Grad::kQuery ? kGradQueryShape<sizeof(S), kHeadSize>
                                                        : kGradKeyValueShape<sizeof(S), kHeadSize>;
 
-/// `kEvaluates`: visits may be left to the pass's program.
-template <class S, int kHeadSize, Grad kGrad, bool kEvaluates>
+/// `kGeneral`: visits may be left to the pass's program, and calls have modifiers.
+template <class S, int kHeadSize, Grad kGrad, bool kGeneral>
 class MmaBackward {
   static constexpr bool kByRows = kGrad == Grad::kQuery;
   static constexpr bool kNeedsX = kGrad != Grad::kValue;  // a sum of dS times X
@@ -30,7 +31,8 @@ class MmaBackward {
   static constexpr int kGroup = kShape.group, kColumns = kShape.columns, kStages = kShape.stages;
   static constexpr int kTileBytes = kMaxTile * kRowBytes<S, kHeadSize>;
   static constexpr int kPartBytes = kColumns * kRowBytes<S, kHeadSize>;
-  /// For each of two steps: words of the task's tiles, log-sum-exp and delta of 64 rows.
+  /// For each of two steps: words of the task's tiles, those that dropout keeps, log-sum-exp and
+  /// delta of 64 rows.
   static constexpr int kWordsBytes = kGroup * kMaxTile * static_cast<int>(sizeof(std::uint64_t));
   static constexpr int kStatsBytes = 2 * kMaxTile * static_cast<int>(sizeof(float));
   using Products = WarpProducts<S, kHeadSize, kGroup>;
@@ -43,7 +45,7 @@ class MmaBackward {
   static constexpr int kBlocksPerSM = kShape.blocks;
   static constexpr int kSharedBytes = 2 * kGroup * kTileBytes + kStages * 2 * kPartBytes +
                                       2 * (kWordsBytes + (kByRows ? 0 : kStatsBytes)) +
-                                      (kEvaluates ? kMostCovers : 0);
+                                      (kGeneral ? 2 * kWordsBytes + kMostCovers : 0);
   static_assert(kSharedBytes <= kMostShared);
   static constexpr int kTilesPerTask = kGroup;
 
@@ -57,7 +59,7 @@ class MmaBackward {
  private:
   /// One head's tensors, by their place in the products.
   struct Heads {
-    __device__ Heads(const Arguments& a, const Work& work, std::int64_t head) {
+    __device__ Heads(const Arguments& a, const Work& work, std::int64_t head) : number(head) {
       const HeadView<const S> query = query_head<S>(a.call, work.batch, head),
                               grad = grad_output_head<S>(a.call, work.batch, head),
                               key = key_head<S>(a.call, work.batch, head),
@@ -70,6 +72,7 @@ class MmaBackward {
       lse = static_cast<const float*>(a.call.lse) + row;
       delta = static_cast<const float*>(a.delta) + row;
     }
+    const std::int64_t number;
     HeadView<const S> own_x, own_y, other_x, other_y;
     const float* lse;
     const float* delta;
@@ -85,14 +88,17 @@ class MmaBackward {
         ring_(own_y_ + kGroup * kTileBytes),
         words_(ring_ + kStages * 2 * kPartBytes),
         stats_(words_ + 2 * kWordsBytes),
-        covers_(kEvaluates
-                    ? reinterpret_cast<std::uint8_t*>(stats_ + (kByRows ? 0 : 2 * kStatsBytes))
-                    : nullptr) {}
+        keeps_(stats_ + (kByRows ? 0 : 2 * kStatsBytes)),
+        covers_(kGeneral && work.pass->program != nullptr
+                    ? reinterpret_cast<std::uint8_t*>(keeps_ + 2 * kWordsBytes)
+                    : nullptr),
+        drops_(kGeneral && a.call.modifiers.dropout_p > 0.0),
+        keep_factor_(drops_ ? keep_factor<float>(a.call.modifiers) : 1.0f) {}
 
   __device__ void run() {
     clear(sum_x_);
     clear(sum_y_);
-    if constexpr (kEvaluates) {
+    if (kGeneral && covers_ != nullptr) {
       load_covers(covers_, a_, work_);
       sync_threads();
     }
@@ -130,25 +136,57 @@ class MmaBackward {
       Steps next = now;
       next.next();
       prepare(heads, next, i + 1);
-      step(now, i);
+      step(heads, now, i);
     }
     cp_async_wait<0>();
     sync_threads();  // the next head takes the same places
   }
 
-  __device__ void step(const Steps& now, int i) {
+  __device__ void step(const Heads& heads, const Steps& now, int i) {
+    if constexpr (kGeneral) {
+      step_with_modifiers(heads, now, i);
+      return;
+    }
     const unsigned active = now.active(kGroup);
     const char* x = ring_ + i % kStages * 2 * kPartBytes;
     const char* y = x + kPartBytes;
     Logits p;
     Products::template rows_by_rows<kColumns>(p, own_x_, warp_row_, x, active);
-    probabilities(p, now, i, active);
+    probabilities(p, now, i, active, static_cast<float>(a_.call.scale));
     if (kNeedsY) Products::template add_by_columns<kColumns>(sum_y_, p, y, active);
     if (!kNeedsX) return;
     Logits ds;
     Products::template rows_by_rows<kColumns>(ds, own_y_, warp_row_, y, active);
     logit_gradients(ds, p, now, i);
     Products::template add_by_columns<kColumns>(sum_x_, ds, x, active);
+  }
+
+  /// The same; dS = `weights` ∘ (D ∘ dP - delta), where weights = P ∘ (derivative of the logits in
+  /// the scaled products) and D is dropout. By tiles of keys P ∘ D makes dV.
+  __device__ void step_with_modifiers(const Heads& heads, const Steps& now, int i) {
+    const FragmentPlace place{work_, now.tile(), warp_row_, now.first_column(), now.active(kGroup)};
+    const char* x = ring_ + i % kStages * 2 * kPartBytes;
+    const char* y = x + kPartBytes;
+    Logits p, weights, slopes;
+    Products::template rows_by_rows<kColumns>(p, own_x_, warp_row_, x, place.active);
+    const bool shapes = a_.call.modifiers.change_logits();
+    if (shapes) {
+      shape_fragments<kByRows>(p, slopes, HeadLogits<float>(a_.call, work_.batch, heads.number),
+                               place);
+    }
+    probabilities(p, now, i, place.active, shapes ? 1.0f : static_cast<float>(a_.call.scale));
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) weigh(weights[g], p[g], slopes[g], shapes);
+    if (kNeedsY) {
+      drop(p, place, i, 1.0f);
+      Products::template add_by_columns<kColumns>(sum_y_, p, y, place.active);
+    }
+    if (!kNeedsX) return;
+    Logits ds;
+    Products::template rows_by_rows<kColumns>(ds, own_y_, warp_row_, y, place.active);
+    drop(ds, place, i, keep_factor_);
+    logit_gradients(ds, weights, now, i);
+    Products::template add_by_columns<kColumns>(sum_x_, ds, x, place.active);
   }
 
   // ---- copies
@@ -203,6 +241,9 @@ class MmaBackward {
   __device__ std::uint64_t* words(int i) const {
     return reinterpret_cast<std::uint64_t*>(words_ + i % 2 * kWordsBytes);
   }
+  __device__ std::uint64_t* keeps(int i) const {
+    return reinterpret_cast<std::uint64_t*>(keeps_ + i % 2 * kWordsBytes);
+  }
   __device__ float* stats(int i) const {
     return reinterpret_cast<float*>(stats_ + i % 2 * kStatsBytes);
   }
@@ -212,13 +253,16 @@ class MmaBackward {
     return needs_words(a_.call, keys, step.mask(g));
   }
 
-  /// Writes the masks of step number i, and by tiles of keys the rows' log-sum-exps and deltas:
-  /// +inf for rows that are another tile's or beyond the end, so that their P is 0.
+  /// Writes the masks of step number i, what dropout keeps, and by tiles of keys the rows'
+  /// log-sum-exps and deltas: +inf for rows that are another tile's or beyond the end, so that
+  /// their P is 0.
   __device__ void prepare(const Heads& heads, const Steps& step, int i) {
     if (step.done()) return;
     for (int g = 0; g < kGroup; ++g) {
-      if (step.mask(g) == kSkip || !is_masked(step, g)) continue;
-      load_words<kEvaluates>(words(i) + g * kMaxTile, a_, work_, g, step.tile(), step.mask(g));
+      if (step.mask(g) == kSkip) continue;
+      if (drops_) prepare_keeps(heads, step, i, g);
+      if (!is_masked(step, g)) continue;
+      load_words<kGeneral>(words(i) + g * kMaxTile, a_, work_, g, step.tile(), step.mask(g));
     }
     if (kByRows) return;
     const RowTile& rows = work_.pass->row_tiles[step.tile()];
@@ -233,6 +277,18 @@ class MmaBackward {
       }
       stats(i)[r] = lse;
       stats(i)[kMaxTile + r] = delta;
+    }
+  }
+
+  __device__ void prepare_keeps(const Heads& heads, const Steps& step, int i, int g) const {
+    const HeadDropout dropout(a_.call, work_.batch, heads.number);
+    const Tile &own = work_.own_tile(g), &other = work_.other_tile(step.tile());
+    const TilePart part{step.first_column(), kColumns};
+    std::uint64_t* words = keeps(i) + g * kMaxTile;
+    if (kByRows) {
+      load_keeps(words, dropout, list_, own, {}, other, part);
+    } else {
+      load_keeps(words, dropout, list_, other, part, own, {});
     }
   }
 
@@ -266,9 +322,10 @@ class MmaBackward {
   // ---- elements
   // ----------------------------------------------------------------------------------
 
-  /// S -> P = exp(S - lse), 0 where masked.
-  __device__ void probabilities(Logits& p, const Steps& step, int number, unsigned active) {
-    const float scale = static_cast<float>(a_.call.scale) * kLog2E;
+  /// S -> P = exp(S - lse), 0 where masked. The scale leads from `p` to natural logits.
+  __device__ void probabilities(Logits& p, const Steps& step, int number, unsigned active,
+                                float natural_scale) {
+    const float scale = natural_scale * kLog2E;
     const float* lse = stats(number) + step.first_column();
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
@@ -320,6 +377,13 @@ class MmaBackward {
     }
   }
 
+  __device__ void drop(Logits& x, const FragmentPlace& place, int number, float factor) const {
+    if (!drops_) return;
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g)
+      drop_fragments<kByRows>(x[g], keeps(number) + g * kMaxTile, place, factor);
+  }
+
   // ---- results
   // -----------------------------------------------------------------------------------
 
@@ -343,7 +407,7 @@ class MmaBackward {
           write_row(sum_y_[g], half,
                     GradientSink<S>(a_, work_, a_.grad_value, a_.slots_value, g, row,
                                     static_cast<int>(a_.call.value_dim)),
-                    1.0f);
+                    kGeneral ? keep_factor_ : 1.0f);
         }
       }
     }
@@ -368,7 +432,10 @@ class MmaBackward {
   char* const ring_;
   char* const words_;
   char* const stats_;
+  char* const keeps_;
   std::uint8_t* const covers_;
+  const bool drops_;
+  const float keep_factor_;
   Sums sum_x_, sum_y_;
   float row_lse_[kGroup][2], row_delta_[kGroup][2];
 };

@@ -7,13 +7,14 @@
 
 #include "cuda/evaluate.cuh"
 #include "cuda/mma_copy.cuh"
+#include "cuda/mma_logits.cuh"
 #include "cuda/mma_steps.cuh"
 #include "cuda/states.cuh"
 
 namespace sparse_attn::cuda {
 
-/// `kEvaluates`: visits may be left to the pass's program.
-template <class S, int kHeadSize, bool kEvaluates>
+/// `kGeneral`: visits may be left to the pass's program, and calls have modifiers.
+template <class S, int kHeadSize, bool kGeneral>
 class MmaForward {
   static constexpr Shape kShape = kForwardShape<sizeof(S), kHeadSize>;
   static constexpr int kGroup = kShape.group, kColumns = kShape.columns, kStages = kShape.stages;
@@ -26,8 +27,8 @@ class MmaForward {
  public:
   static constexpr int kThreads = kMmaThreads;
   static constexpr int kBlocksPerSM = kShape.blocks;
-  static constexpr int kSharedBytes =
-      kGroup * kTileBytes + kStages * kStageBytes + kWordsBytes + (kEvaluates ? kMostCovers : 0);
+  static constexpr int kSharedBytes = kGroup * kTileBytes + kStages * kStageBytes + kWordsBytes +
+                                      (kGeneral ? kWordsBytes + kMostCovers : 0);
   static_assert(kSharedBytes <= kMostShared);
   static constexpr int kTilesPerTask = kGroup;
 
@@ -47,10 +48,15 @@ class MmaForward {
         queries_(shared_memory()),
         ring_(queries_ + kGroup * kTileBytes),
         words_(reinterpret_cast<std::uint64_t*>(ring_ + kStages * kStageBytes)),
-        covers_(kEvaluates ? reinterpret_cast<std::uint8_t*>(words_) + kWordsBytes : nullptr) {}
+        keeps_(words_ + kGroup * kMaxTile),
+        covers_(kGeneral && work.pass->program != nullptr
+                    ? reinterpret_cast<std::uint8_t*>(keeps_) + kWordsBytes
+                    : nullptr),
+        drops_(kGeneral && a.call.modifiers.dropout_p > 0.0),
+        keep_factor_(drops_ ? keep_factor<float>(a.call.modifiers) : 1.0f) {}
 
   __device__ void attend() {
-    if constexpr (kEvaluates) {
+    if (kGeneral && covers_ != nullptr) {
       load_covers(covers_, a_, work_);
       sync_threads();
     }
@@ -115,19 +121,30 @@ class MmaForward {
     sync_threads();
   }
 
-  /// The masks of a step, unless the one before had the same.
+  /// The masks of a step and what dropout keeps, unless the one before had the same.
   __device__ void load_words(const Steps& step) {
     if (step.done() || !step.is_first_part()) return;
     const Tile& keys = work_.pass->key_tiles[step.tile()];
     for (int g = 0; g < kGroup; ++g) {
-      if (step.mask(g) == kSkip || !needs_words(a_.call, keys, step.mask(g))) continue;
-      cuda::load_words<kEvaluates>(words_ + g * kMaxTile, a_, work_, g, step.tile(), step.mask(g));
+      if (step.mask(g) == kSkip) continue;
+      if (drops_) {
+        load_keeps(keeps_ + g * kMaxTile, HeadDropout(a_.call, work_.batch, work_.head), list_,
+                   work_.row_tile(g).rows, {}, keys, {});
+      }
+      if (!needs_words(a_.call, keys, step.mask(g))) continue;
+      cuda::load_words<kGeneral>(words_ + g * kMaxTile, a_, work_, g, step.tile(), step.mask(g));
     }
   }
 
   __device__ void softmax(float (&s)[kGroup][kColumns / 8][4], const Steps& step, unsigned active) {
     const Tile& keys = work_.pass->key_tiles[step.tile()];
-    const float scale = static_cast<float>(a_.call.scale) * kLog2E;
+    const FragmentPlace place{work_, step.tile(), warp_row_, step.first_column(), active};
+    float scale = static_cast<float>(a_.call.scale) * kLog2E;
+    if (kGeneral && a_.call.modifiers.change_logits()) {
+      float slopes[kGroup][kColumns / 8][4];
+      shape_fragments<true>(s, slopes, HeadLogits<float>(a_.call, work_.batch, work_.head), place);
+      scale = kLog2E;
+    }
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
       if (!(active >> g & 1)) continue;
@@ -136,6 +153,7 @@ class MmaForward {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         update_row(s[g], o_[g], half, maximum_[g][half], sum_[g][half], scale);
+      if (drops_) drop_fragments<true>(s[g], keeps_ + g * kMaxTile, place, 1.0f);
     }
   }
 
@@ -196,12 +214,14 @@ class MmaForward {
     const StateRow<float> state = work_.row_state<float>(a_, g, row);
     maximum_[g][half] = *state.maximum * kLog2E;
     sum_[g][half] = lane == 0 ? *state.sum : 0.0f;
+    const float before_keeping =
+        kGeneral ? static_cast<float>(1.0 - a_.call.modifiers.dropout_p) : 1.0f;
 #pragma unroll
     for (int n = 0; n < kHeadSize / 8; ++n) {
       const int column = 8 * n + 2 * lane;
       if (column >= a_.call.value_dim) continue;
-      o_[g][n][2 * half] = state.output[column];
-      o_[g][n][2 * half + 1] = state.output[column + 1];
+      o_[g][n][2 * half] = state.output[column] * before_keeping;
+      o_[g][n][2 * half + 1] = state.output[column + 1] * before_keeping;
     }
   }
 
@@ -223,7 +243,7 @@ class MmaForward {
     const int lane = static_cast<int>(threadIdx.x) % 4;
     const RowSink<S> sink(a_, work_, g, row);
     if (lane == 0) sink.put_sums(maximum, sum);
-    const float factor = sink.factor(sum);
+    const float factor = sink.factor(sum) * (kGeneral ? keep_factor_ : 1.0f);
 #pragma unroll
     for (int n = 0; n < kHeadSize / 8; ++n) {
       const int column = 8 * n + 2 * lane;
@@ -242,7 +262,10 @@ class MmaForward {
   char* const queries_;
   char* const ring_;
   std::uint64_t* const words_;
+  std::uint64_t* const keeps_;
   std::uint8_t* const covers_;
+  const bool drops_;
+  const float keep_factor_;  // of the sums, when they are written
   float o_[kGroup][kHeadSize / 8][4];
   float maximum_[kGroup][2], sum_[kGroup][2];
 };

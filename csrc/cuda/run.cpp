@@ -73,7 +73,7 @@ class Sequence {
     }
     for (const DeviceLists& lists : all_lists()) {
       begin(lists, lists.keys_of_query);
-      queue(kernels_.listed_forward, blocks_for_rows(heads_ * p_.n_q));
+      queue(list_sweeps().forward, blocks_for_rows(heads_ * p_.n_q));
     }
     if (sweeps() > 1) queue(kernels_.finish_states, blocks_for_rows(heads_ * p_.n_q));
   }
@@ -81,7 +81,7 @@ class Sequence {
   std::int64_t lay_out_backward(void* base) {
     Arena arena(base);
     add_global_passes(arena, kernels_.in_backward);
-    arguments_.delta = arena.take(heads_ * p_.n_q * real_);
+    lay_out_deltas(arena);
     const std::int64_t slots =
         std::max(most_slots(&PassShape::rows) * heads_, most_slots(&PassShape::keys) * heads_kv_);
     if (slots > 0) {
@@ -97,7 +97,7 @@ class Sequence {
     arguments_.grad_query = {p_.grad_query, wide, false};
     arguments_.grad_key = {p_.grad_key, wide, false};
     arguments_.grad_value = {p_.grad_value, wide, false};
-    queue(kernels_.delta, blocks_for_rows(heads_ * p_.n_q));
+    queue_deltas();
     for (const PassAtHand& pass : passes_) {
       begin(pass);
       sweep_rows(pass);
@@ -106,9 +106,74 @@ class Sequence {
     }
     for (const DeviceLists& lists : all_lists()) {
       begin(lists, lists.keys_of_query);
-      queue(kernels_.listed_grad_query, blocks_for_rows(heads_ * p_.n_q));
+      queue(list_sweeps().grad_query, blocks_for_rows(heads_ * p_.n_q));
       begin(lists, lists.queries_of_key);
-      queue(kernels_.listed_grad_key_value, blocks_for_rows(heads_kv_ * p_.n_k));
+      queue(list_sweeps().grad_key_value, blocks_for_rows(heads_kv_ * p_.n_k));
+    }
+  }
+
+  // ---- along a tangent, and tables --------------------------------------------------------------
+
+  std::int64_t lay_out_tangent(void* base) {
+    Arena arena(base);
+    add_global_passes(arena, kernels_.in_forward);
+    arguments_.rows = states(arena, heads_ * p_.n_q);
+    arguments_.slots_per_head = most_slots(&PassShape::rows);
+    arguments_.slots = states(arena, heads_ * arguments_.slots_per_head * kMaxTile);
+    return arena.used();
+  }
+
+  void tangent(const AlongKernels& along) {
+    lay_out_tangent(p_.workspace);
+    make_global_passes();
+    for (const PassAtHand& pass : passes_) {
+      begin(pass);
+      queue(along.tangent, pass.shape.rows.tasks * heads_);
+      reduce(along.merge_tangents, pass.shape.rows, heads_);
+      arguments_.first = false;
+    }
+    for (const DeviceLists& lists : all_lists()) {
+      begin(lists, lists.keys_of_query);
+      queue(along.listed_tangent, blocks_for_rows(heads_ * p_.n_q));
+    }
+    queue(along.finish_tangents, blocks_for_rows(heads_ * p_.n_q));
+  }
+
+  std::int64_t lay_out_tables(void* base) {
+    Arena arena(base);
+    add_global_passes(arena, kernels_.in_backward);
+    lay_out_deltas(arena);
+    std::int64_t most = 0;
+    for (const TableGradient& gradient : table_gradients())
+      most = std::max(most, gradient.partial_bytes());
+    partials_ = static_cast<double*>(arena.take(most));
+    return arena.used();
+  }
+
+  void grad_tables(const AlongKernels& along) {
+    lay_out_tables(p_.workspace);
+    make_global_passes();
+    queue_deltas();
+    for (TableGradient& gradient : table_gradients()) {
+      gradient.partials = partials_;
+      arguments_.first = true;
+      arguments_.plan_heads = call_.plan_heads;
+      for (const PassAtHand& pass : passes_) {
+        begin(pass);
+        const std::int64_t tasks = pass.shape.rows.tasks;
+        queue_table(gradient, along.table_entries, along.table_sums, tasks,
+                    tasks * gradient.tables());
+        arguments_.first = false;
+      }
+      for (const DeviceLists& lists : all_lists()) {
+        begin(lists, lists.keys_of_query);
+        queue_table(gradient, along.listed_table_entries, along.listed_table_sums, p_.n_q,
+                    blocks_for_rows(p_.n_q * gradient.tables()));
+      }
+      if (gradient.has_own_entries()) continue;
+      const std::int64_t entries = gradient.tables() * gradient.entries();
+      along.add_strips((entries + kStripThreads - 1) / kStripThreads, call_.stream,
+                       {arguments_, gradient});
     }
   }
 
@@ -184,6 +249,40 @@ class Sequence {
     for (const GlobalPass& pass : global_passes_) make_global_pass(pass, call_.stream);
   }
 
+  // ---- rows and tables
+  // --------------------------------------------------
+
+  /// Of the output, and of its tangent where the call has one.
+  void lay_out_deltas(Arena& arena) {
+    arguments_.delta = arena.take(heads_ * p_.n_q * real_);
+    if (p_.output_tangent.data) arguments_.delta_dot = arena.take(heads_ * p_.n_q * real_);
+  }
+  void queue_deltas() const {
+    queue(kernels_.delta, blocks_for_rows(heads_ * p_.n_q));
+    if (!p_.output_tangent.data) return;
+    Arguments along = arguments_;
+    along.call.output = p_.output_tangent;
+    along.call.grad_lse = nullptr;
+    along.delta = arguments_.delta_dot;
+    kernels_.delta(blocks_for_rows(heads_ * p_.n_q), call_.stream, along);
+  }
+
+  std::vector<TableGradient> table_gradients() const {
+    std::vector<TableGradient> wanted;
+    if (p_.grad_bias.kind != TableKind::kNone) wanted.emplace_back(p_.grad_bias, false, p_);
+    if (p_.grad_gate.kind != TableKind::kNone) wanted.emplace_back(p_.grad_gate, true, p_);
+    return wanted;
+  }
+
+  /// A sweep for a table: of `blocks` for each that shares it, or of all together.
+  void queue_table(const TableGradient& gradient, TableLaunch entries, TableLaunch sums,
+                   std::int64_t tasks, std::int64_t blocks) const {
+    if (!gradient.has_own_entries())
+      return sums(gradient.sum_blocks(), call_.stream, {arguments_, gradient, 0, tasks});
+    for (std::int64_t sharer = 0; sharer < gradient.sharers(); ++sharer)
+      entries(blocks, call_.stream, {arguments_, gradient, sharer, tasks});
+  }
+
   // ---- queueing
   // ----------------------------------------------------------------------------------
 
@@ -203,7 +302,11 @@ class Sequence {
   }
 
   const Sweeps& sweeps_of(const PassAtHand& pass) const {
+    if (p_.modifiers.any()) return kernels_.modified;
     return pass.shape.evaluated ? kernels_.evaluated : kernels_.planned;
+  }
+  const ListSweeps& list_sweeps() const {
+    return p_.modifiers.any() ? kernels_.listed_modified : kernels_.listed;
   }
   void begin(const PassAtHand& pass) {
     arguments_.passes = pass.table;
@@ -257,7 +360,20 @@ class Sequence {
   std::vector<PassAtHand> passes_;
   std::vector<GlobalPass> global_passes_;
   Arguments arguments_;
+  double* partials_ = nullptr;
 };
+
+/// The first backward pass's, with sweeps along the tangent.
+Kernels backward_kernels(const AlongKernels& along) {
+  Kernels kernels = *along.portable;
+  kernels.planned.grad_query = along.grad_query;
+  kernels.planned.grad_key_value = along.grad_key_value;
+  kernels.evaluated = kernels.modified = kernels.planned;
+  kernels.listed.grad_query = along.listed_grad_query;
+  kernels.listed.grad_key_value = along.listed_grad_key_value;
+  kernels.listed_modified = kernels.listed;
+  return kernels;
+}
 
 }  // namespace
 
@@ -281,6 +397,31 @@ void forward(const Kernels& kernels, const Call& call) { Sequence(kernels, call)
 
 void backward(const Kernels& kernels, const Call& call, bool wide) {
   Sequence(kernels, call).backward(wide);
+}
+
+std::int64_t tangent_workspace(const AlongKernels& kernels, const Call& call) {
+  return Sequence(*kernels.portable, call).lay_out_tangent(nullptr);
+}
+
+std::int64_t backward_along_workspace(const AlongKernels& kernels, const Call& call) {
+  return backward_workspace(*kernels.portable, call);
+}
+
+std::int64_t grad_tables_workspace(const AlongKernels& kernels, const Call& call) {
+  return Sequence(*kernels.portable, call).lay_out_tables(nullptr);
+}
+
+void tangent(const AlongKernels& kernels, const Call& call) {
+  Sequence(*kernels.portable, call).tangent(kernels);
+}
+
+void backward_along(const AlongKernels& kernels, const Call& call, bool wide) {
+  const Kernels of_call = backward_kernels(kernels);
+  Sequence(of_call, call).backward(wide);
+}
+
+void grad_tables(const AlongKernels& kernels, const Call& call) {
+  Sequence(*kernels.portable, call).grad_tables(kernels);
 }
 
 }  // namespace sparse_attn::cuda

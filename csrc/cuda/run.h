@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/along.h"
 #include "cuda/evaluate.h"
 #include "cuda/kernels.h"
 
@@ -51,5 +52,22 @@ bool adds_to_gradients(const Kernels& kernels, const Call& call);
 /// Queue everything. The gradients are zero-filled; `wide` ones are Real.
 void forward(const Kernels& kernels, const Call& call);
 void backward(const Kernels& kernels, const Call& call, bool wide);
+
+/// Along the tangents of query, key, value, bias and gate. The plans are those for the grouping of
+/// kernels.portable.
+///
+/// tangent() fills output_tangent and lse_tangent from output and lse. backward_along() takes them,
+/// too, and fills the gradients with their derivatives, as backward() does and with grad_output and
+/// grad_lse held fixed.
+std::int64_t tangent_workspace(const AlongKernels& kernels, const Call& call);
+std::int64_t backward_along_workspace(const AlongKernels& kernels, const Call& call);
+void tangent(const AlongKernels& kernels, const Call& call);
+void backward_along(const AlongKernels& kernels, const Call& call, bool wide);
+
+/// Fills grad_bias and grad_gate, as far as they have a kind, with the gradients of the tables;
+/// with a query_tangent with their derivatives along the tangents, from output_tangent and
+/// lse_tangent. Both are zero-filled.
+std::int64_t grad_tables_workspace(const AlongKernels& kernels, const Call& call);
+void grad_tables(const AlongKernels& kernels, const Call& call);
 
 }  // namespace sparse_attn::cuda

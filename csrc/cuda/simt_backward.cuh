@@ -11,11 +11,13 @@
 
 namespace sparse_attn::cuda {
 
-template <class S, Side kSide>
+/// `kModified`: the call has modifiers.
+template <class S, Side kSide, bool kModified>
 class SimtBackward {
   using T = Real<S>;
   using Products = SimtProducts<S>;
   using Logits = typename Products::Logits;
+  using Tiles = SimtTiles<S, kModified>;
   static constexpr bool kByRows = kSide == Side::kRows;
 
   /// Columns of the gradients that are summed at a time, 128 of float32 and 64 of float64. For each
@@ -27,7 +29,7 @@ class SimtBackward {
  public:
   static constexpr int kThreads = kSimtThreads;
   static constexpr int kBlocksPerSM = kByRows && sizeof(T) == 4 ? 2 : 1;
-  static constexpr int kSharedBytes = SimtTiles<S>::kBytes;
+  static constexpr int kSharedBytes = Tiles::kBytes;
 
   static __device__ void run(const Arguments& a) {
     const Work work(a, kSide);
@@ -81,13 +83,42 @@ class SimtBackward {
 
   __device__ void visit(const Heads& of, const VisitWalk& at, std::int64_t head, int first) {
     load_other(at, head);
+    if constexpr (kModified) {
+      visit_with_modifiers(of, at, head, first);
+      return;
+    }
     Logits d;
     Products::rows_by_rows(d, of.own_x, of.other_x, tiles_.stage);
-    probabilities(d);
+    probabilities(d, static_cast<T>(a_.call.scale));
     Products::store(tiles_.tile, d);
     if (!kByRows) add(sum_y_, of.other_y, first);
     if (first >= head_dim_) return;
     Products::rows_by_rows(d, of.own_y, of.other_y, tiles_.stage);
+    logit_gradients(d);
+    Products::store(tiles_.tile, d);
+    add(sum_x_, of.other_x, first);
+  }
+
+  /// The same; dS = `weights` ∘ (D ∘ dP - delta), where weights = P ∘ (derivative of the logits in
+  /// the scaled products) and D is dropout. By tiles of keys P ∘ D makes dV.
+  __device__ void visit_with_modifiers(const Heads& of, const VisitWalk& at, std::int64_t head,
+                                       int first) {
+    tiles_.load_keeps(at, head);
+    Logits d, weights, slopes;
+    Products::rows_by_rows(d, of.own_x, of.other_x, tiles_.stage);
+    const bool shapes = a_.call.modifiers.change_logits();
+    if (shapes) tiles_.template shape<kByRows>(d, slopes, head);
+    probabilities(d, shapes ? T{1} : static_cast<T>(a_.call.scale));
+    weigh(weights, d, slopes, shapes);
+    if (!kByRows) {
+      tiles_.template drop<kByRows>(d);
+      Products::store(tiles_.tile, d);
+      add(sum_y_, of.other_y, first);
+    }
+    if (first >= head_dim_) return;
+    Products::rows_by_rows(d, of.own_y, of.other_y, tiles_.stage);
+    tiles_.template drop<kByRows>(d);
+    Products::store(tiles_.tile, weights);
     logit_gradients(d);
     Products::store(tiles_.tile, d);
     add(sum_x_, of.other_x, first);
@@ -111,16 +142,11 @@ class SimtBackward {
 
   // ---- elements -------------------------------------------------------------------------------
 
-  static __device__ int row(int i, int j) {
-    return kByRows ? simt_y() + kSimtSide * i : simt_x() + kSimtSide * j;
-  }
-  static __device__ int key(int i, int j) {
-    return kByRows ? simt_x() + kSimtSide * j : simt_y() + kSimtSide * i;
-  }
+  static __device__ int row(int i, int j) { return Tiles::template row<kByRows>(i, j); }
+  static __device__ int key(int i, int j) { return Tiles::template key<kByRows>(i, j); }
 
-  /// S -> P, 0 where masked.
-  __device__ void probabilities(Logits& s) const {
-    const T scale = static_cast<T>(a_.call.scale);
+  /// S -> P, 0 where masked. The scale leads from `s` to logits.
+  __device__ void probabilities(Logits& s, T scale) const {
 #pragma unroll
     for (int i = 0; i < kSimtRows; ++i) {
 #pragma unroll
@@ -131,7 +157,7 @@ class SimtBackward {
     }
   }
 
-  /// dP -> dS, with the P that this thread has stored.
+  /// dP -> dS, with the P (or weights) that this thread has stored.
   __device__ void logit_gradients(Logits& d) const {
     const T scale = static_cast<T>(a_.call.scale);
 #pragma unroll
@@ -187,13 +213,13 @@ class SimtBackward {
   const Arguments& a_;
   const Work& work_;
   const int head_dim_, value_dim_;
-  SimtTiles<S> tiles_;
+  Tiles tiles_;
   Sums sum_x_, sum_y_;
 };
 
-template <class S>
-using SimtGradQuery = SimtBackward<S, Side::kRows>;
-template <class S>
-using SimtGradKeyValue = SimtBackward<S, Side::kKeys>;
+template <class S, bool kModified>
+using SimtGradQuery = SimtBackward<S, Side::kRows, kModified>;
+template <class S, bool kModified>
+using SimtGradKeyValue = SimtBackward<S, Side::kKeys, kModified>;
 
 }  // namespace sparse_attn::cuda

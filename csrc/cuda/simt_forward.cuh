@@ -6,7 +6,8 @@
 
 namespace sparse_attn::cuda {
 
-template <class S>
+/// `kModified`: the call has modifiers.
+template <class S, bool kModified>
 class SimtForward {
   using T = Real<S>;
   using Products = SimtProducts<S>;
@@ -19,7 +20,7 @@ class SimtForward {
  public:
   static constexpr int kThreads = kSimtThreads;
   static constexpr int kBlocksPerSM = sizeof(T) == 8 ? 1 : 2;  // float64 takes 181 registers
-  static constexpr int kSharedBytes = SimtTiles<S>::kBytes;
+  static constexpr int kSharedBytes = SimtTiles<S, kModified>::kBytes;
 
   static __device__ void run(const Arguments& a) {
     const Work work(a, Side::kRows);
@@ -50,10 +51,14 @@ class SimtForward {
       const Tile& tile = work_.other_tile(at.tile());
       tiles_.load_keys(tile);
       tiles_.load_words(tile, at);
+      if (kModified) tiles_.load_keeps(at, work_.head);
       typename Products::Logits s;
       Products::rows_by_rows(s, query, key, tiles_.stage);
-      mask(s);
+      const bool shapes = kModified && a_.call.modifiers.change_logits();
+      if (shapes) shape(s);
+      mask(s, shapes ? T{1} : static_cast<T>(a_.call.scale));
       update(s);
+      if (kModified) tiles_.template drop<true>(s);
       Products::store(tiles_.tile, s);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
@@ -65,8 +70,13 @@ class SimtForward {
     write(first);
   }
 
-  __device__ void mask(typename Products::Logits& s) const {
-    const T scale = static_cast<T>(a_.call.scale);
+  __device__ void shape(typename Products::Logits& s) const {
+    typename Products::Logits slopes;
+    tiles_.template shape<true>(s, slopes, work_.head);
+  }
+
+  /// The scale leads from `s` to logits.
+  __device__ void mask(typename Products::Logits& s, T scale) const {
 #pragma unroll
     for (int i = 0; i < kSimtRows; ++i) {
 #pragma unroll
@@ -160,7 +170,7 @@ class SimtForward {
   const Arguments& a_;
   const Work& work_;
   const int value_dim_, head_dim_;
-  SimtTiles<S> tiles_;
+  SimtTiles<S, kModified> tiles_;
   typename Products::BlockSum o_[kBlocks];
   T maximum_[kSimtRows], sum_[kSimtRows];
 };

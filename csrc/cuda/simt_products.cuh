@@ -54,16 +54,24 @@ class SimtProducts {
   static constexpr int kBlockBytes = kMaxTile * kBlockColumns * static_cast<int>(sizeof(T));
   static constexpr int kStageBytes = 2 * kSliceBytes > kBlockBytes ? 2 * kSliceBytes : kBlockBytes;
 
-  /// d = own · otherᵀ, through `stage` (kStageBytes).
-  static __device__ void rows_by_rows(Logits& d, const TileRows<S>& own, const TileRows<S>& other,
-                                      char* stage) {
-    T* const own_slice = reinterpret_cast<T*>(stage);
-    T* const other_slice = reinterpret_cast<T*>(stage + kSliceBytes);
+  static __device__ void clear(Logits& d) {
 #pragma unroll
     for (int i = 0; i < kSimtRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kSimtRows; ++j) d[i][j] = T{0};
     }
+  }
+
+  /// d = own · otherᵀ, through `stage` (kStageBytes).
+  static __device__ void rows_by_rows(Logits& d, const TileRows<S>& own, const TileRows<S>& other,
+                                      char* stage) {
+    clear(d);
+    add_rows_by_rows(d, own, other, stage);
+  }
+  static __device__ void add_rows_by_rows(Logits& d, const TileRows<S>& own,
+                                          const TileRows<S>& other, char* stage) {
+    T* const own_slice = reinterpret_cast<T*>(stage);
+    T* const other_slice = reinterpret_cast<T*>(stage + kSliceBytes);
     for (int first = 0; first < own.size; first += kSlice) {
       sync_threads();  // all are done with the slices before
       load<kSlice, kSliceStride>(own_slice, own, first);
@@ -86,7 +94,10 @@ class SimtProducts {
   }
   /// Of a thread, in a stored tile.
   static __device__ T* element(T* tile, int i, int j) {
-    return tile + (simt_y() + kSimtSide * i) * kTileStride + simt_x() + kSimtSide * j;
+    return at(tile, simt_y() + kSimtSide * i, simt_x() + kSimtSide * j);
+  }
+  static __device__ T* at(T* tile, int row, int column) {
+    return tile + row * kTileStride + column;
   }
 
   /// sum += tile · other, for kBlockColumns columns of the other from `first` on.

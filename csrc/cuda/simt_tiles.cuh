@@ -3,19 +3,22 @@
 #pragma once
 
 #include "cuda/evaluate.cuh"
+#include "cuda/logits.cuh"
 #include "cuda/simt_products.cuh"
 
 namespace sparse_attn::cuda {
 
-template <class S>
+/// `kModified`: the call has modifiers.
+template <class S, bool kModified>
 class SimtTiles {
   using T = Real<S>;
+  using Logits = typename SimtProducts<S>::Logits;
 
  public:
   static constexpr int kTokensBytes = kMaxTile * static_cast<int>(sizeof(std::int64_t));
   static constexpr int kStatsBytes = kMaxTile * static_cast<int>(sizeof(T));
   static constexpr int kBytes = SimtProducts<S>::kTileBytes + SimtProducts<S>::kStageBytes +
-                                3 * kTokensBytes + 2 * kStatsBytes + kMostCovers;
+                                (kModified ? 4 : 3) * kTokensBytes + 2 * kStatsBytes + kMostCovers;
 
   __device__ SimtTiles(const Arguments& a, const Work& work) : a_(a), work_(work) {
     tile = reinterpret_cast<T*>(shared_memory());
@@ -23,7 +26,8 @@ class SimtTiles {
     rows = reinterpret_cast<std::int64_t*>(stage + SimtProducts<S>::kStageBytes);
     keys = rows + kMaxTile;
     words = reinterpret_cast<std::uint64_t*>(keys + kMaxTile);
-    lse = reinterpret_cast<T*>(words + kMaxTile);
+    keeps = words + (kModified ? kMaxTile : 0);
+    lse = reinterpret_cast<T*>(keeps + kMaxTile);
     delta = lse + kMaxTile;
     if (work.pass->program == nullptr) return;
     covers = reinterpret_cast<std::uint8_t*>(delta + kMaxTile);
@@ -68,11 +72,60 @@ class SimtTiles {
   }
   __device__ bool allows(int row, int key) const { return !masked || (words[key] >> row & 1); }
 
+  // With kByRows a thread's elements have rows for their rows, else keys.
+  template <bool kByRows>
+  static __device__ int row(int i, int j) {
+    return kByRows ? simt_y() + kSimtSide * i : simt_x() + kSimtSide * j;
+  }
+  template <bool kByRows>
+  static __device__ int key(int i, int j) {
+    return row<!kByRows>(i, j);
+  }
+
+  /// Products of a head become logits: HeadLogits::shape().
+  template <bool kByRows>
+  __device__ void shape(Logits& x, Logits& slopes, std::int64_t head) const {
+    const HeadLogits<T> logits(a_.call, work_.batch, head);
+    const auto at_least_0 = [](std::int64_t token) { return token < 0 ? 0 : token; };
+    logits.shape(x, slopes, [&](int i, PairPlace(&at)[kSimtRows]) {
+#pragma unroll
+      for (int j = 0; j < kSimtRows; ++j) {
+        at[j] =
+            logits.pair(at_least_0(rows[row<kByRows>(i, j)]), at_least_0(keys[key<kByRows>(i, j)]));
+      }
+      return true;
+    });
+  }
+
+  /// Which pairs of a visit dropout keeps.
+  __device__ void load_keeps(const VisitWalk& at, std::int64_t head) const {
+    if (a_.call.modifiers.dropout_p == 0.0) return;
+    const bool by_rows = work_.side == Side::kRows;
+    const Tile &own = work_.own_tile(0), &other = work_.other_tile(at.tile());
+    cuda::load_keeps(keeps, HeadDropout(a_.call, work_.batch, head), list(), by_rows ? own : other,
+                     {}, by_rows ? other : own, {});
+  }
+  /// Elements of pairs that it does not keep become 0, and the others larger.
+  template <bool kByRows>
+  __device__ void drop(Logits& x) const {
+    if (a_.call.modifiers.dropout_p == 0.0) return;
+    const T factor = keep_factor<T>(a_.call.modifiers);
+#pragma unroll
+    for (int i = 0; i < kSimtRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kSimtRows; ++j) {
+        const bool kept = keeps[row<kByRows>(i, j)] >> key<kByRows>(i, j) & 1;
+        x[i][j] = kept ? x[i][j] * factor : T{0};
+      }
+    }
+  }
+
   T* tile;
   char* stage;
   std::int64_t* rows;
   std::int64_t* keys;
   std::uint64_t* words;
+  std::uint64_t* keeps;
   T* lse;
   T* delta;
   std::uint8_t* covers = nullptr;  // of visits that are left to the pass's program

@@ -79,13 +79,18 @@ struct HeadWork {
   static __device__ HeadWork numbers_first(const AttentionParams& call, Side side,
                                            std::int64_t index) {
     const std::int64_t heads = call.batch * heads_of(call, side);
-    return make(call, side, index / heads, index % heads);
+    return of_head(call, side, index / heads, index % heads);
   }
   /// `index` = head * tokens + number, as in a (batch, heads, tokens) array.
   static __device__ HeadWork heads_first(const AttentionParams& call, Side side,
                                          std::int64_t index) {
     const std::int64_t tokens = side == Side::kRows ? call.n_q : call.n_k;
-    return make(call, side, index % tokens, index / tokens);
+    return of_head(call, side, index % tokens, index / tokens);
+  }
+  static __device__ HeadWork of_head(const AttentionParams& call, Side side, std::int64_t number,
+                                     std::int64_t own_head) {
+    const std::int64_t heads = heads_of(call, side);
+    return {number, own_head / heads, own_head % heads * (call.heads / heads), own_head};
   }
 
   __device__ std::int64_t key_head(const AttentionParams& call) const {
@@ -98,11 +103,6 @@ struct HeadWork {
  private:
   static __device__ std::int64_t heads_of(const AttentionParams& call, Side side) {
     return side == Side::kRows ? call.heads : call.heads_kv;
-  }
-  static __device__ HeadWork make(const AttentionParams& call, Side side, std::int64_t number,
-                                  std::int64_t own_head) {
-    const std::int64_t heads = heads_of(call, side);
-    return {number, own_head / heads, own_head % heads * (call.heads / heads), own_head};
   }
 };
 
@@ -132,8 +132,10 @@ struct Work {
   const Visits* const visits;
 
   __device__ Work(const Arguments& a, Side side_)
+      : Work(a, side_, HeadWork::numbers_first(a.call, side_, blockIdx.x)) {}
+  __device__ Work(const Arguments& a, Side side_, const HeadWork& place_)
       : side(side_),
-        place(HeadWork::numbers_first(a.call, side_, blockIdx.x)),
+        place(place_),
         batch(place.batch),
         head(place.head),
         pass(a.passes + place.plan(a)),

@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <thread>
@@ -16,85 +15,13 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
+#include "modifier_case.h"
 #include "patterns/union.h"
 #include "plan/partition.h"
 #include "plan/plan.h"
 #include "random_patterns.h"
-#include "scalar_types.h"
 
 namespace attention {
-
-using namespace sparse_attn;
-
-inline std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
-
-inline std::size_t size_of(DataType type) {
-  return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
-}
-
-inline const HalfFormat& half_format(DataType type) {
-  return type == DataType::kFloat16 ? kFloat16Format : kBFloat16Format;
-}
-
-/// The type of sums and of the log-sum-exp.
-inline DataType real_type(DataType type) {
-  return type == DataType::kFloat64 ? type : DataType::kFloat32;
-}
-
-/// Numbers of one type; all bits set (a NaN) until written.
-class Numbers {
- public:
-  Numbers() = default;
-  Numbers(DataType type, std::int64_t count)
-      : type_(type), bytes_(index(count) * size_of(type), '\xff') {}
-
-  double get(std::int64_t i) const {
-    const char* at = bytes_.data() + index(i) * size_of(type_);
-    switch (type_) {
-      case DataType::kFloat64:
-        return read<double>(at);
-      case DataType::kFloat32:
-        return static_cast<double>(read<float>(at));
-      default:
-        return half_to_double(read<std::uint16_t>(at), half_format(type_));
-    }
-  }
-  void set(std::int64_t i, double x) {
-    char* at = bytes_.data() + index(i) * size_of(type_);
-    switch (type_) {
-      case DataType::kFloat64:
-        return write(at, x);
-      case DataType::kFloat32:
-        return write(at, static_cast<float>(x));
-      default:
-        return write(at, double_to_half(x, half_format(type_)));
-    }
-  }
-  bool untouched(std::int64_t i) const {
-    const char* at = bytes_.data() + index(i) * size_of(type_);
-    for (std::size_t b = 0; b < size_of(type_); ++b) {
-      if (at[b] != '\xff') return false;
-    }
-    return true;
-  }
-  void* data() { return bytes_.data(); }
-  const std::vector<char>& bytes() const { return bytes_; }
-
- private:
-  template <class T>
-  static T read(const char* at) {
-    T x;
-    std::memcpy(&x, at, sizeof(T));
-    return x;
-  }
-  template <class T>
-  static void write(char* at, T x) {
-    std::memcpy(at, &x, sizeof(T));
-  }
-
-  DataType type_ = DataType::kFloat32;
-  std::vector<char> bytes_;
-};
 
 enum class Layout { kHeadsFirst, kTokensFirst, kPaddedRows };
 
@@ -224,6 +151,8 @@ struct Case {
   Tensor query, key, value, grad_output;
   std::vector<std::uint8_t> padding;  // empty = none
   Numbers grad_lse;                   // empty = none
+  ModifierCase modifiers;
+  bool left_to_programs = false;  // on a GPU: all pairs, as if the plan could not know any
 
   Case(Random& random, DataType type_, Shape shape_, std::vector<Expression> patterns_,
        TileShape tile_ = {}, int chunks_ = 1, int padded_percent = 40)
@@ -272,7 +201,8 @@ struct Case {
         const std::vector<char> pairs = dense(pattern(h), shape.sizes);
         for (std::int64_t i = 0; i < shape.sizes.n_q; ++i) {
           bool any = false;
-          for (std::int64_t j = 0; j < shape.sizes.n_k; ++j) any = any || sees_key(pairs, b, i, j);
+          for (std::int64_t j = 0; j < shape.sizes.n_k; ++j)
+            any = any || sees_key(pairs, b, h, i, j);
           if (any) continue;
           spoil(query, b, h, i, shape.head_dim);
           spoil(grad_output, b, h, i, shape.value_dim);
@@ -288,9 +218,19 @@ struct Case {
   bool is_padded(std::int64_t b, std::int64_t j) const {
     return !padding.empty() && padding[index(b * shape.sizes.n_k + j)];
   }
-  bool sees_key(const std::vector<char>& pairs, std::int64_t b, std::int64_t i,
+  /// Neither pattern, padding nor a bias of -inf leaves the pair out.
+  bool sees_key(const std::vector<char>& pairs, std::int64_t b, std::int64_t h, std::int64_t i,
                 std::int64_t j) const {
-    return pairs[index(i * shape.sizes.n_k + j)] && !is_padded(b, j);
+    return pairs[index(i * shape.sizes.n_k + j)] && !is_padded(b, j) &&
+           number(modifiers.bias, 0.0, b, h, i, j) != -static_cast<double>(INFINITY);
+  }
+  double number(const Table& table, double missing, std::int64_t b, std::int64_t h, std::int64_t i,
+                std::int64_t j) const {
+    return modifiers.number(table, missing, shape.heads(), b, h, i, j,
+                            i + shape.sizes.n_k - shape.sizes.n_q);
+  }
+  double keep(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
+    return modifiers.keep(b * shape.heads() + h, i, j);
   }
   std::int64_t lse_at(std::int64_t b, std::int64_t h, std::int64_t i) const {
     return (b * shape.heads() + h) * shape.sizes.n_q + i;
@@ -302,7 +242,8 @@ struct Case {
            std::to_string(static_cast<int>(shape.layout)) + ", " + std::to_string(chunks) +
            " chunks in tiles of " + std::to_string(tile.rows) + " x " + std::to_string(tile.keys) +
            (padding.empty() ? "" : ", padded") + (listing == Listing::kAll ? ", listed" : "") +
-           ", pattern " + ::to_string(patterns[0], shape.sizes);
+           (left_to_programs ? ", left to programs" : "") +
+           modifiers.to_string() + ", pattern " + ::to_string(patterns[0], shape.sizes);
   }
 };
 
@@ -370,6 +311,7 @@ inline AttentionParams params_of(Case& c) {
   params.key = c.key.view();
   params.value = c.value.view();
   params.key_padding = c.padding.empty() ? nullptr : c.padding.data();
+  params.modifiers = c.modifiers.view();
   return params;
 }
 
@@ -436,6 +378,15 @@ inline Sum dot(const Tensor& a, const Tensor& b, std::int64_t batch, std::int64_
   return sum;
 }
 
+/// Of a pair that is seen.
+inline PairLogit logit_of_pair(const Case& c, std::int64_t b, std::int64_t h, std::int64_t i,
+                               std::int64_t j) {
+  const Sum product = dot(c.query, c.key, b, h, i, h / c.shape.group, j, c.shape.head_dim);
+  return c.modifiers.logit(
+      c.scale * product.value, std::fabs(c.scale) * product.size * c.precision.logits,
+      c.number(c.modifiers.gate, 1.0, b, h, i, j), c.number(c.modifiers.bias, 0.0, b, h, i, j));
+}
+
 /// The definition of forward, a row at a time.
 inline void check_forward(const Case& c, const Results& results) {
   const Shape& s = c.shape;
@@ -448,12 +399,12 @@ inline void check_forward(const Case& c, const Results& results) {
         std::vector<double> logits;
         double top = -static_cast<double>(INFINITY), error = 1.0, total = 0.0;
         for (std::int64_t j = 0; j < n_k; ++j) {
-          if (!c.sees_key(pairs, b, i, j)) continue;
-          const Sum logit = dot(c.query, c.key, b, h, i, h / s.group, j, s.head_dim);
+          if (!c.sees_key(pairs, b, h, i, j)) continue;
+          const PairLogit logit = logit_of_pair(c, b, h, i, j);
           keys.push_back(j);
-          logits.push_back(c.scale * logit.value);
+          logits.push_back(logit.value);
           top = std::max(top, logits.back());
-          error = std::max(error, 1.0 + 2.0 * std::fabs(c.scale) * logit.size * c.precision.logits);
+          error = std::max(error, 1.0 + 2.0 * logit.size);
         }
         for (const double logit : logits) total += std::exp(logit - top);
         const double lse = results.lse.get(c.lse_at(b, h, i));
@@ -467,9 +418,9 @@ inline void check_forward(const Case& c, const Results& results) {
         for (std::int64_t v = 0; v < s.value_dim; ++v) {
           Sum expected;
           for (std::size_t k = 0; k < keys.size(); ++k) {
-            expected.add(
-                std::exp(logits[k] - top) / total * c.value.get(b, h / s.group, keys[k], v),
-                error + c.precision.probabilities);
+            expected.add(std::exp(logits[k] - top) / total * c.keep(b, h, i, keys[k]) *
+                             c.value.get(b, h / s.group, keys[k], v),
+                         error + c.precision.probabilities);
           }
           const double got = results.output.get(b, h, i, v);
           if (keys.empty()) CHECK_EQUAL(got, 0.0);
@@ -495,24 +446,24 @@ inline void check_backward(const Case& c, const Results& results) {
           if (!c.grad_lse.bytes().empty()) delta.add(-c.grad_lse.get(c.lse_at(b, h, i)));
           std::vector<Sum> grad_query(index(s.head_dim));
           for (std::int64_t j = 0; j < n_k; ++j) {
-            if (!c.sees_key(pairs, b, i, j)) continue;
-            const Sum logit = dot(c.query, c.key, b, h, i, kv, j, s.head_dim);
-            const double p = std::exp(c.scale * logit.value - lse);
+            if (!c.sees_key(pairs, b, h, i, j)) continue;
+            const PairLogit logit = logit_of_pair(c, b, h, i, j);
+            const double p = std::exp(logit.value - lse), keep = c.keep(b, h, i, j);
             const double error =
-                1.0 +
-                2.0 * (std::fabs(c.scale) * logit.size * c.precision.logits + std::fabs(lse)) +
-                c.precision.probabilities;
+                1.0 + 2.0 * (logit.size + std::fabs(lse)) + c.precision.probabilities;
             const Sum dp = dot(c.grad_output, c.value, b, h, i, kv, j, s.value_dim);
-            const double ds = p * (dp.value - delta.value) * c.scale;
-            const double ds_size =
-                p * (dp.size * c.precision.logits + delta.size) * std::fabs(c.scale) * error;
+            const double ds = p * (keep * dp.value - delta.value) * logit.slope * c.scale;
+            const double ds_size = p * (keep * dp.size * c.precision.logits + delta.size) *
+                                   std::fabs(c.scale) *
+                                   (std::fabs(logit.slope) * error + logit.slope_size);
             for (std::int64_t d = 0; d < s.head_dim; ++d) {
               const double q = c.query.get(b, h, i, d), k = c.key.get(b, kv, j, d);
               grad_query[index(d)].add_sized(ds * k, ds_size * std::fabs(k));
               grad_key[index(j * s.head_dim + d)].add_sized(ds * q, ds_size * std::fabs(q));
             }
             for (std::int64_t v = 0; v < s.value_dim; ++v) {
-              grad_value[index(j * s.value_dim + v)].add(p * c.grad_output.get(b, h, i, v), error);
+              grad_value[index(j * s.value_dim + v)].add(p * keep * c.grad_output.get(b, h, i, v),
+                                                         error);
             }
           }
           for (std::int64_t d = 0; d < s.head_dim; ++d)

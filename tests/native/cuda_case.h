@@ -8,6 +8,7 @@
 
 #include "attention_case.h"
 #include "cuda/run.h"
+#include "patterns/split.h"
 
 namespace attention {
 
@@ -36,8 +37,11 @@ class EmulatedPlans {
   static std::vector<HeadPlan> plans_of(const Case& c) {
     std::vector<HeadPlan> plans;
     for (const Expression& pattern : c.patterns) {
+      const Sizes sizes = c.shape.sizes;
+      const Expression planned = c.left_to_programs ? no_pair() : pattern;
       plans.push_back({std::make_shared<const Plan>(
-          build_plan(expand(pattern, c.shape.sizes), c.shape.sizes, {}, c.listing))});
+          build_plan(expand(planned, sizes), sizes, {}, c.listing))});
+      if (c.left_to_programs) plans.back().looked_up = compile(pattern, sizes);
     }
     return plans;
   }

@@ -1,5 +1,6 @@
 // The portable CUDA kernels on the emulator, against the naive reference.
 #include "cuda_case.h"
+#include "random_modifiers.h"
 
 namespace {
 
@@ -53,6 +54,7 @@ void test_random_cases(int cases) {
       patterns.push_back(random_expression(random, shape.sizes.n_k, 2));
     Case c(random, kTypes[i % 4], shape, patterns);
     c.listing = random.pick<Listing>({Listing::kUnique, Listing::kAll});
+    c.left_to_programs = random.chance(20);
     check_case(c);
   }
 }
@@ -156,6 +158,64 @@ void test_rows_without_keys() {
   }
 }
 
+/// Tables, soft cap and dropout: in tiles that are full, masked or gathered, in lists, in slots,
+/// beyond 128 columns, with shared heads and padding.
+void test_modifiers() {
+  Random random(9);
+  const Expression tiles = any_of({window(9, 5), window(2, 2, 7), global_keys({0, 2})});
+  int i = 0;
+  for (const DataType type : kTypes) {
+    for (const ModifierKinds& kinds : all_modifier_kinds()) {
+      Shape shape;
+      shape.batch = 2;
+      shape.heads_kv = random.between(1, 2);
+      shape.group = random.between(1, 2);
+      shape.sizes = ++i % 2 ? Sizes{70, 83} : Sizes{90, 40};
+      shape.head_dim = random.pick<std::int64_t>({3, 33});
+      shape.value_dim = random.pick<std::int64_t>({5, 64});
+      shape.layout = random_layout(random);
+      Case c(random, type, shape, {i % 3 ? tiles : causal()});
+      c.listing = i % 4 < 2 ? Listing::kUnique : Listing::kAll;
+      c.left_to_programs = i % 5 == 0;
+      modify(random, c, kinds);
+      check_case(c);
+    }
+  }
+}
+
+void test_modifiers_of_large_heads_and_in_slots() {
+  Random random(10);
+  const ModifierKinds kinds{TableKind::kSlots, TableKind::kBlocks, 16, true, 2.0, 0.5};
+  for (const DataType type : kTypes) {
+    Shape shape;
+    shape.sizes = {21, 25};
+    shape.head_dim = 200;
+    shape.value_dim = 256;
+    Case large(random, type, shape, {window(6, 6)});
+    modify(random, large, kinds);
+    check_case(large);
+    shape.sizes = {5, 64 * 20 + 3};
+    shape.head_dim = shape.value_dim = 6;
+    Case in_slots(random, type, shape, {full()});
+    modify(random, in_slots, kinds);
+    check_case(in_slots);
+  }
+}
+
+void test_rows_without_keys_by_bias() {
+  Random random(11);
+  for (const DataType type : kTypes) {
+    for (const Listing listing : {Listing::kUnique, Listing::kAll}) {
+      Shape shape;
+      shape.sizes = {70, 66};
+      Case c(random, type, shape, {any_of({window(3, 3), window(1, 1, 9)})});
+      c.listing = listing;
+      exclude_rows(c, 10, 30);
+      check_case(c);
+    }
+  }
+}
+
 /// Logits far apart: nothing overflows, and the sums stay right.
 void test_large_logits() {
   Random random(6);
@@ -216,6 +276,9 @@ int main() {
   test_slots();
   test_lists();
   test_rows_without_keys();
+  test_modifiers();
+  test_modifiers_of_large_heads_and_in_slots();
+  test_rows_without_keys_by_bias();
   test_large_logits();
   test_half_values_pass_through();
   test_nan_is_not_hidden();
