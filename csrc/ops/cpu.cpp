@@ -155,23 +155,6 @@ Gradients backward_cpu(c10::DispatchKeySet keys, const BackwardArguments& a) {
   return gradients;
 }
 
-/// The sums of one table's gradient on their way.
-class GradientOfTable {
- public:
-  GradientOfTable(const OptionalTensor& table, std::int64_t kind, const at::Tensor& query)
-      : result_(empty_like_table(table, query)) {
-    if (!table) return;
-    sums_ = at::zeros(table->sizes(), query.options().dtype(lse_type(query)));
-    view_ = table_view(sums_, kind);
-  }
-  const LogitTable& sums() const { return view_; }
-  at::Tensor finish() const { return sums_.defined() ? result_.copy_(sums_) : result_; }
-
- private:
-  at::Tensor result_, sums_;
-  LogitTable view_;
-};
-
 TableGradients run_tables(Call& call, const AttentionArguments& a, const cpu::Kernel& kernel) {
   const GradientOfTable bias(a.bias, a.bias_kind, a.query), gate(a.gate, a.gate_kind, a.query);
   call.params.grad_bias = bias.sums();

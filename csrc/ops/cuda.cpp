@@ -10,10 +10,13 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 
 #include "ops/checks.h"
 #include "ops/device_patterns.h"
 #include "ops/device_plans.h"
+#include "ops/modifiers.h"
+#include "ops/sink.h"
 #include "ops/tensors.h"
 
 namespace sparse_attn {
@@ -60,16 +63,23 @@ c10::Stream current_stream(at::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
+/// What a call is for. The last are derivatives beyond the first of query, key and value: they have
+/// portable kernels alone.
+enum class Purpose { kForward, kBackward, kAlong };
+
 /// A call on its way to the kernels, and what keeps the pointers in it alive.
 class DeviceCall {
  public:
-  DeviceCall(const AttentionArguments& a, const Expression& pattern, bool backward)
+  DeviceCall(const AttentionArguments& a, const Expression& pattern, Purpose purpose)
       : stream_(current_stream(a.query.device())),
-        kernels_(choose_kernels(a)),
+        along_(cuda::along_kernels_for(data_type(a.query.scalar_type()))),
+        kernels_(purpose == Purpose::kAlong ? *along_.portable : choose_kernels(a)),
         pads_(std::strcmp(kernels_.path, "simt") != 0),
         capturing_(a.query.is_cuda() && cuda::is_capturing(stream_.native_handle())),
-        on_device_(a, pattern, capturing_) {
+        on_device_(a, pattern, capturing_),
+        modifiers_(a, pattern) {
     const auto patterns = head_patterns(pattern);
+    const bool backward = purpose != Purpose::kForward;
     const bool mixed = on_device_.differs_by_head() || mixes_patterns(patterns.size(), a);
     if (backward && mixed) repeats_ = a.query.size(1) / a.key.size(1);
     query = laid_out(positively_scaled(a));
@@ -77,6 +87,7 @@ class DeviceCall {
     value = laid_out(repeated(a.value, repeats_));
     call_.params = params_of(a, query, key, value);
     call_.params.scale = scale_ == 0.0 ? 1.0 : std::fabs(scale_);
+    call_.params.modifiers = modifiers_.get();
     if (a.key_padding_mask) {
       padding_ = a.key_padding_mask->contiguous();
       call_.params.key_padding = static_cast<const std::uint8_t*>(padding_.const_data_ptr());
@@ -99,6 +110,49 @@ class DeviceCall {
   void backward(bool wide) {
     const at::Tensor workspace = allocate(cuda::backward_workspace(kernels_, call_));
     cuda::backward(kernels_, call_, wide);
+  }
+
+  void backward_along(bool wide) {
+    const at::Tensor workspace = allocate(cuda::backward_along_workspace(along_, call_));
+    cuda::backward_along(along_, call_, wide);
+  }
+  void tangent() {
+    const at::Tensor workspace = allocate(cuda::tangent_workspace(along_, call_));
+    cuda::tangent(along_, call_);
+  }
+  void grad_tables() {
+    const at::Tensor workspace = allocate(cuda::grad_tables_workspace(along_, call_));
+    cuda::grad_tables(along_, call_);
+  }
+
+  /// Output, log-sum-exp and their gradients, for whatever follows the forward pass.
+  void set_outputs(const at::Tensor& output, const at::Tensor& lse) {
+    call_.params.output = const_view(keep(laid_out(output)));
+    call_.params.lse = const_cast<void*>(keep(lse.contiguous()).const_data_ptr());
+  }
+  void set_gradients(const BackwardArguments& a) {
+    set_outputs(a.output, a.logsumexp);
+    call_.params.grad_output = const_view(keep(laid_out(a.grad_output)));
+    if (a.grad_logsumexp)
+      call_.params.grad_lse = keep(a.grad_logsumexp->contiguous()).const_data_ptr();
+  }
+  void set_tangents(const Tangents& t, const AttentionArguments& a) {
+    const auto of = [](const OptionalTensor& tangent, const at::Tensor& input) {
+      return tangent ? *tangent : at::zeros_like(input);
+    };
+    const at::Tensor of_query = of(t.query, a.query);
+    call_.params.query_tangent =
+        const_view(keep(laid_out(scale_ > 0.0 ? of_query : of_query * query_sign())));
+    call_.params.key_tangent = const_view(keep(laid_out(repeated(of(t.key, a.key), repeats_))));
+    call_.params.value_tangent =
+        const_view(keep(laid_out(repeated(of(t.value, a.value), repeats_))));
+    call_.params.bias_tangent = modifiers_.table(t.bias, a.bias_kind);
+    call_.params.gate_tangent = modifiers_.table(t.gate, a.gate_kind);
+  }
+  /// Keeps a tensor that the parameters point into.
+  const at::Tensor& keep(at::Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back();
   }
 
   AttentionParams& params() { return call_.params; }
@@ -148,9 +202,12 @@ class DeviceCall {
   }
 
   const c10::Stream stream_;
+  const cuda::AlongKernels& along_;
   const cuda::Kernels& kernels_;
   const bool pads_, capturing_;
   DevicePatterns on_device_;
+  CallModifiers modifiers_;
+  std::deque<at::Tensor> kept_;
   std::int64_t repeats_ = 1;
   double scale_ = 1.0;
   at::Tensor padding_;
@@ -168,23 +225,34 @@ void check_available(const AttentionArguments& a) {
                               cuda::kLargestHead, " with CUDA kernels, got ", size);
 }
 
-Outputs attention_cuda(c10::DispatchKeySet, const AttentionArguments& a) {
+/// Rows like the output whose columns are as many as the kernels write, and the caller's of them.
+class OutputOf {
+ public:
+  OutputOf(const AttentionArguments& a, std::int64_t columns)
+      : result_(empty_rows(a.query, a.value.size(3))),
+        wide_(columns == result_.size(3) ? result_ : empty_rows(a.query, columns)) {}
+  const at::Tensor& wide() const { return wide_; }
+  at::Tensor finish() const {
+    return wide_.is_same(result_) ? result_ : result_.copy_(wide_.narrow(3, 0, result_.size(3)));
+  }
+
+ private:
+  at::Tensor result_, wide_;
+};
+
+Outputs attention_cuda(c10::DispatchKeySet keys, const AttentionArguments& a) {
   const Expression pattern = check_attention(a);
   check_available(a);
+  if (a.sink) return with_sink(attention_cuda(keys, without_sink(a)), *a.sink);
   const c10::DeviceGuard guard(a.query.device());
-  const std::int64_t value_dim = a.value.size(3);
   const at::Tensor lse = empty_lse(a.query);
-  at::Tensor output = empty_rows(a.query, value_dim);
-  if (is_empty(a)) return {output, lse};
-  if (a.key.size(2) == 0) return without_keys(output, lse);
-  DeviceCall call(a, pattern, false);
-  const bool pads = call.params().value_dim != value_dim;
-  const at::Tensor wide = pads ? empty_rows(a.query, call.params().value_dim) : output;
-  call.params().output = view(wide);
+  if (has_no_pairs(a)) return without_keys(empty_rows(a.query, a.value.size(3)), lse);
+  DeviceCall call(a, pattern, Purpose::kForward);
+  const OutputOf output(a, call.params().value_dim);
+  call.params().output = view(output.wide());
   call.params().lse = lse.mutable_data_ptr();
   call.forward();
-  if (pads) output.copy_(wide.narrow(3, 0, value_dim));
-  return {output, lse};
+  return {output.finish(), lse};
 }
 
 /// What the kernels add up in, and the gradient that it becomes.
@@ -211,30 +279,104 @@ class GradientOf {
   at::Tensor grad_, sums_;
 };
 
-Gradients backward_cuda(c10::DispatchKeySet, const BackwardArguments& a) {
+/// Uninitialised, like query, key and value.
+Gradients empty_gradients(const AttentionArguments& a) {
+  return {empty_rows(a.query, a.query.size(3)), at::empty(a.key.sizes(), a.key.options()),
+          at::empty(a.value.sizes(), a.value.options())};
+}
+
+Gradients zero_gradients(const AttentionArguments& a) {
+  auto [query, key, value] = empty_gradients(a);
+  return {query.zero_(), key.zero_(), value.zero_()};
+}
+
+/// Runs a backward pass, whichever, into new gradients.
+template <class Run>
+Gradients run_backward(DeviceCall& call, const AttentionArguments& a, const Run& run) {
+  const auto [for_query, for_key, for_value] = empty_gradients(a);
+  const bool wide = call.adds_to_gradients() || call.repeats() > 1;
+  const GradientOf query(for_query, call.query, wide), key(for_key, call.key, wide),
+      value(for_value, call.value, wide);
+  call.params().grad_query = query.sums();
+  call.params().grad_key = key.sums();
+  call.params().grad_value = value.sums();
+  run(wide);
+  return {query.finish(call.query_sign()), key.finish(), value.finish()};
+}
+
+Gradients backward_cuda(c10::DispatchKeySet keys, const BackwardArguments& a) {
   const Expression pattern = check_backward(a);
   check_available(a);
+  if (a.sink) return backward_cuda(keys, over_keys(a));
   const c10::DeviceGuard guard(a.query.device());
-  const at::Tensor for_query = empty_rows(a.query, a.query.size(3));
-  const at::Tensor for_key = at::empty(a.key.sizes(), a.key.options());
-  const at::Tensor for_value = at::empty(a.value.sizes(), a.value.options());
-  if (has_no_pairs(a)) return {for_query.zero_(), for_key.zero_(), for_value.zero_()};
-  DeviceCall call(a, pattern, true);
-  const at::Tensor grad_output = call.laid_out(a.grad_output), output = call.laid_out(a.output);
-  const at::Tensor lse = a.logsumexp.contiguous();
-  const at::Tensor grad_lse = a.grad_logsumexp ? a.grad_logsumexp->contiguous() : at::Tensor();
-  const bool wide = call.adds_to_gradients() || call.repeats() > 1;
-  const GradientOf grad_query(for_query, call.query, wide), grad_key(for_key, call.key, wide),
-      grad_value(for_value, call.value, wide);
-  call.params().grad_output = const_view(grad_output);
-  call.params().output = const_view(output);
-  call.params().lse = const_cast<void*>(lse.const_data_ptr());
-  call.params().grad_lse = grad_lse.defined() ? grad_lse.const_data_ptr() : nullptr;
-  call.params().grad_query = grad_query.sums();
-  call.params().grad_key = grad_key.sums();
-  call.params().grad_value = grad_value.sums();
-  call.backward(wide);
-  return {grad_query.finish(call.query_sign()), grad_key.finish(), grad_value.finish()};
+  if (has_no_pairs(a)) return zero_gradients(a);
+  DeviceCall call(a, pattern, Purpose::kBackward);
+  call.set_gradients(a);
+  return run_backward(call, a, [&](bool wide) { call.backward(wide); });
+}
+
+TableGradients run_tables(DeviceCall& call, const AttentionArguments& a) {
+  const GradientOfTable bias(a.bias, a.bias_kind, a.query), gate(a.gate, a.gate_kind, a.query);
+  call.params().grad_bias = bias.sums();
+  call.params().grad_gate = gate.sums();
+  if (a.bias || a.gate) call.grad_tables();
+  return {bias.finish(), gate.finish()};
+}
+
+TableGradients zero_tables(const AttentionArguments& a) {
+  return {empty_like_table(a.bias, a.query).zero_(), empty_like_table(a.gate, a.query).zero_()};
+}
+
+TableGradients table_backward_cuda(c10::DispatchKeySet keys, const BackwardArguments& a) {
+  const Expression pattern = check_backward(a);
+  check_available(a);
+  if (a.sink) return table_backward_cuda(keys, over_keys(a));
+  const c10::DeviceGuard guard(a.query.device());
+  if (has_no_pairs(a)) return zero_tables(a);
+  DeviceCall call(a, pattern, Purpose::kAlong);
+  call.set_gradients(a);
+  return run_tables(call, a);
+}
+
+/// Runs the tangent of output and log-sum-exp, which `call` then has.
+Outputs run_tangent(DeviceCall& call, const AttentionArguments& a) {
+  const OutputOf output(a, call.params().value_dim);
+  const at::Tensor lse = empty_lse(a.query);
+  call.params().output_tangent = view(call.keep(output.wide()));
+  call.params().lse_tangent = call.keep(lse).mutable_data_ptr();
+  call.tangent();
+  return {output.finish(), lse};
+}
+
+Outputs zero_outputs(const AttentionArguments& a) {
+  return {empty_rows(a.query, a.value.size(3)).zero_(), empty_lse(a.query).zero_()};
+}
+
+Outputs tangent_cuda(c10::DispatchKeySet, const TangentArguments& a) {
+  const Expression pattern = check_tangent(a);
+  check_no_sink(a);
+  check_available(a);
+  const c10::DeviceGuard guard(a.query.device());
+  if (has_no_pairs(a)) return zero_outputs(a);
+  DeviceCall call(a, pattern, Purpose::kAlong);
+  call.set_outputs(a.output, a.logsumexp);
+  call.set_tangents(a.tangents, a);
+  return run_tangent(call, a);
+}
+
+SecondGradients second_cuda(c10::DispatchKeySet, const SecondArguments& a) {
+  const Expression pattern = check_second(a);
+  check_no_sink(a);
+  check_available(a);
+  const c10::DeviceGuard guard(a.query.device());
+  if (has_no_pairs(a)) return std::tuple_cat(zero_outputs(a), zero_gradients(a), zero_tables(a));
+  DeviceCall call(a, pattern, Purpose::kAlong);
+  call.set_gradients(a);
+  call.set_tangents(a.tangents, a);
+  const Outputs outputs = run_tangent(call, a);
+  const TableGradients tables = run_tables(call, a);
+  const Gradients gradients = run_backward(call, a, [&](bool wide) { call.backward_along(wide); });
+  return std::tuple_cat(outputs, gradients, tables);
 }
 
 }  // namespace
@@ -247,6 +389,9 @@ Gradients backward_cuda(c10::DispatchKeySet, const BackwardArguments& a) {
 TORCH_LIBRARY_IMPL(sparse_attn, SPARSE_ATTN_CUDA_KERNELS_FOR, m) {
   m.impl("attention", TORCH_FN(AttentionOp::kernel<attention_cuda>));
   m.impl("attention_backward", TORCH_FN(BackwardOp::kernel<backward_cuda>));
+  m.impl("attention_table_backward", TORCH_FN(TableBackwardOp::kernel<table_backward_cuda>));
+  m.impl("attention_tangent", TORCH_FN(TangentOp::kernel<tangent_cuda>));
+  m.impl("attention_backward_backward", TORCH_FN(SecondOp::kernel<second_cuda>));
 }
 
 }  // namespace sparse_attn

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "ops/arguments.h"
+#include "ops/tensors.h"
 #include "params.h"
 #include "patterns/expression.h"
 
@@ -34,6 +34,23 @@ class CallModifiers {
   at::ScalarType real_;
   std::vector<at::Tensor> kept_;  // what the pointers look into
   Modifiers modifiers_;
+};
+
+/// The sums of one table's gradient on their way.
+class GradientOfTable {
+ public:
+  GradientOfTable(const OptionalTensor& table, std::int64_t kind, const at::Tensor& query)
+      : result_(empty_like_table(table, query)) {
+    if (!table) return;
+    sums_ = at::zeros(table->sizes(), query.options().dtype(lse_type(query)));
+    view_ = table_view(sums_, kind);
+  }
+  const LogitTable& sums() const { return view_; }
+  at::Tensor finish() const { return sums_.defined() ? result_.copy_(sums_) : result_; }
+
+ private:
+  at::Tensor result_, sums_;
+  LogitTable view_;
 };
 
 }  // namespace sparse_attn
