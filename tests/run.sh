@@ -69,6 +69,10 @@ cmake -S examples/cpp -B build/cpp_example -G Ninja -DCMAKE_PREFIX_PATH="$("$pyt
 cmake --build build/cpp_example --parallel "$jobs"
 build/cpp_example/attention
 
+say "A compiled layer in C++"
+"$python" examples/export_longformer.py --out build/exported
+build/cpp_example/exported build/exported
+
 say "Python tests through the CUDA kernels, on the emulator"
 cmake -S . -B build/emulated -G Ninja -DSPARSE_ATTN_EMULATE_CUDA=ON -DSPARSE_ATTN_PYTHON=OFF -DSPARSE_ATTN_WERROR=ON \
   "-DSPARSE_ATTN_TORCH_ROOT=$("$python" -c 'import torch; print(torch.__path__[0])')" -DSPARSE_ATTN_HEAD_SIZES='32;64' \
