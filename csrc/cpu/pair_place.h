@@ -56,15 +56,25 @@ class HeadTable {
   /// All pairs of a tile, into `numbers`; null for a table that does not exist.
   const T* load(const PlaceOfPairs& place, T neutral, T* numbers) const {
     if (!exists()) return nullptr;
-    for (int k = 0; k < place.keys; ++k) {
-      T* to = numbers + k * kMaxTile;
-      if (!is_toeplitz(place)) {
-        for (int r = 0; r < place.rows; ++r) to[r] = at(place.at(k, r), neutral);
-        continue;
-      }
-      const int64_t slot = first_slot(place, k);
-      for (int r = 0; r < place.rows; r += kLanes<T>) load_slots(to + r, slot - r, neutral);
+    if (table_.kind == TableKind::kSlopes) {
+      load_slopes(place, numbers);
+      return numbers;
     }
+    if (is_toeplitz(place)) {
+      for (int k = 0; k < place.keys; ++k) {
+        const int64_t slot = first_slot(place, k);
+        for (int r = 0; r < place.rows; r += kLanes<T>)
+          load_slots(numbers + k * kMaxTile + r, slot - r, neutral);
+      }
+      return numbers;
+    }
+    for_each_key(place, [&](int k, const Offsets& of) {
+      T* to = numbers + k * kMaxTile;
+      for (int r = 0; r < place.rows; ++r) {
+        const T number = data_[of.offset[r] < 0 ? 0 : of.offset[r]];
+        to[r] = of.offset[r] < 0 ? neutral : number;
+      }
+    });
     return numbers;
   }
 
@@ -72,23 +82,72 @@ class HeadTable {
   /// a long sum in one place rounds more.
   template <class Sum>
   void add(const PlaceOfPairs& place, const T* numbers, Sum* sums) const {
-    for (int k = 0; k < place.keys; ++k) {
+    for_each_key(place, [&](int k, const Offsets& of) {
       int64_t last = -1;
       Sum sum{0};
       for (int r = 0; r < place.rows; ++r) {
-        const PairPlace pair = place.at(k, r);
-        const int64_t offset = sparse_attn::table_offset(table_, window_, pair);
-        const auto factor = static_cast<Sum>(sparse_attn::table_factor(table_, pair));
-        if (offset != last && last >= 0) sums[last] += sum;
-        if (offset != last) sum = Sum{0};
-        sum += static_cast<Sum>(numbers[k * kMaxTile + r]) * factor;
-        last = offset;
+        if (of.offset[r] != last) {
+          if (last >= 0) sums[last] += sum;
+          sum = Sum{0};
+        }
+        last = of.offset[r];
+        sum += static_cast<Sum>(numbers[k * kMaxTile + r]) * static_cast<Sum>(of.factor[r]);
       }
       if (last >= 0) sums[last] += sum;
-    }
+    });
   }
 
  private:
+  /// Where the pairs of one key and all rows of a tile have their numbers.
+  struct Offsets {
+    int64_t offset[kMaxTile];  // -1 = none
+    int64_t factor[kMaxTile];
+  };
+
+  /// Calls visit(k, offsets) for each key. What `table_offset` says, with fewer divisions.
+  template <class Visit>
+  void for_each_key(const PlaceOfPairs& place, const Visit& visit) const {
+    Offsets of;
+    int64_t first[kMaxTile];  // of each row
+    const bool blocks = table_.kind == TableKind::kBlocks;
+    for (int r = 0; r < place.rows; ++r) {
+      const int64_t row =
+          blocks && table_.block > 1 ? place.query[r] / table_.block : place.query[r];
+      first[r] = row * table_.row_stride;
+      of.factor[r] = 1;
+    }
+    for (int k = 0; k < place.keys; ++k) {
+      const int64_t key = place.key[k];
+      if (blocks) {
+        const int64_t column = (table_.block > 1 ? key / table_.block : key) * table_.column_stride;
+        for (int r = 0; r < place.rows; ++r) of.offset[r] = first[r] + column;
+      } else if (table_.kind == TableKind::kSlopes) {
+        for (int r = 0; r < place.rows; ++r) {
+          const int64_t distance = key - place.query[r] - place.offset;
+          of.offset[r] = 0;
+          of.factor[r] = distance < 0 ? distance : -distance;
+        }
+      } else {
+        for (int r = 0; r < place.rows; ++r)
+          of.offset[r] = sparse_attn::table_offset(table_, window_, place.at(k, r));
+      }
+      visit(k, of);
+    }
+  }
+
+  /// Distances from the first query on: small numbers, which floats hold exactly.
+  void load_slopes(const PlaceOfPairs& place, T* numbers) const {
+    T rows[kMaxTile];
+    for (int r = 0; r < place.rows; ++r) rows[r] = static_cast<T>(place.query[r] - place.query[0]);
+    for (int k = 0; k < place.keys; ++k) {
+      const T key = static_cast<T>(place.key[k] - place.query[0] - place.offset);
+      for (int r = 0; r < place.rows; ++r) {
+        const T distance = key - rows[r];
+        numbers[k * kMaxTile + r] = (distance < T{0} ? distance : -distance) * data_[0];
+      }
+    }
+  }
+
   /// Whether the slot falls by one from each query of the tile to the next, and no query has
   /// numbers of its own.
   bool is_toeplitz(const PlaceOfPairs& place) const {

@@ -13,6 +13,34 @@ using sparse_attn::Parallel;
 using sparse_attn::PassView;
 using sparse_attn::PlanView;
 
+/// Results too small for a normal number become 0 as long as this lives: probabilities of far keys
+/// times a gradient are, and a product that reads them took 4.5 times as long.
+class FlushToZero {
+ public:
+  FlushToZero() : before_(get()) { set(before_ | kFlush); }
+  ~FlushToZero() { set(before_); }
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  using Register = unsigned;
+  static constexpr Register kFlush = 1u << 15;
+  static Register get() { return __builtin_ia32_stmxcsr(); }
+  static void set(Register value) { __builtin_ia32_ldmxcsr(value); }
+#else
+  using Register = uint64_t;
+  static constexpr Register kFlush = uint64_t{1} << 24;
+  static Register get() {
+    Register value;
+    asm volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+  }
+  static void set(Register value) { asm volatile("msr fpcr, %0" : : "r"(value)); }
+#endif
+  const Register before_;
+};
+
 /// Runs body(thread, item) for each item, on whichever thread is free: what an item computes does
 /// not depend on the thread.
 template <class Body>
@@ -28,6 +56,7 @@ void for_each_item(const Parallel& parallel, int64_t items, const Body& body) {
       threads,
       [](void* raw, int thread) {
         auto* shared = static_cast<Context*>(raw);
+        const FlushToZero flush;
         for (;;) {
           const int64_t item = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
           if (item >= shared->items) return;
