@@ -110,6 +110,13 @@ SPARSE_ATTN_HOST_DEVICE_INLINE Capped<V> softcapped(V t, T cap) {
   return {u * cap, first, u * first * (T{-2} / cap)};
 }
 
+/// A bias of -inf excludes the pair, whatever its score is.
+template <class V, class T>
+SPARSE_ATTN_HOST_DEVICE_INLINE V add_bias(V logit, V bias, T) {
+  const V lowest = V{} - static_cast<T>(__builtin_inf());
+  return bias == lowest ? lowest : logit + bias;
+}
+
 /// A logit and its derivatives in the score and in the gate.
 template <class V>
 struct Logit {
@@ -119,7 +126,7 @@ struct Logit {
 template <class Math, class V, class T>
 SPARSE_ATTN_HOST_DEVICE_INLINE Logit<V> logit_of(V score, V gate, V bias, T cap) {
   const Capped<V> c = softcapped<Math>(gate * score, cap);
-  return {c.value + bias, gate * c.first, score * c.first};
+  return {add_bias(c.value, bias, cap), gate * c.first, score * c.first};
 }
 
 /// The same, and how all three change along a tangent of score, gate and bias.
@@ -133,7 +140,7 @@ SPARSE_ATTN_HOST_DEVICE_INLINE LogitAlong<V> logit_along(V score, V gate, V bias
                                                          V gate_dot, V bias_dot, T cap) {
   const Capped<V> c = softcapped<Math>(gate * score, cap);
   const V argument_dot = gate * score_dot + gate_dot * score, first_dot = c.second * argument_dot;
-  return {{c.value + bias, gate * c.first, score * c.first},
+  return {{add_bias(c.value, bias, cap), gate * c.first, score * c.first},
           {c.first * argument_dot + bias_dot, gate_dot * c.first + gate * first_dot,
            score_dot * c.first + score * first_dot}};
 }

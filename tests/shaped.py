@@ -131,15 +131,17 @@ def kept_pairs(call: Call, p: float, seed: int) -> Tensor:
 class Recomputed(torch.autograd.Function):
     """Softmax of logits times values whose backward knows the output and the log-sum-exp alone.
 
-    All fused kernels work so, torch's too; they round more than a softmax that kept its results.
+    All fused kernels work so, torch's too, and their output is of the inputs' type: they round more
+    than a softmax that kept its results.
     """
 
     @staticmethod
-    def forward(ctx, logits, value, factors):
+    def forward(ctx, logits, value, factors, dtype):
         empty = logits.isneginf().all(-1)
         lse = torch.where(empty[..., None], 0, logits).logsumexp(-1).masked_fill(empty, -math.inf)
         finite = lse.masked_fill(empty, 0)
         output = (torch.exp(logits - finite[..., None]) * factors) @ value
+        output = output.to(dtype).to(value.dtype)
         ctx.save_for_backward(logits, value, factors, output, finite)
         return output, lse
 
@@ -149,7 +151,7 @@ class Recomputed(torch.autograd.Function):
         weights = torch.exp(logits - lse[..., None])
         delta = (grad_output * output).sum(-1) - torch.where(lse.isinf(), 0, grad_lse)
         grad_logits = weights * (grad_output @ value.mT * factors - delta[..., None])
-        return grad_logits, (weights * factors).mT @ grad_output, None
+        return grad_logits, (weights * factors).mT @ grad_output, None, None
 
 
 def attention(
@@ -187,7 +189,7 @@ def attention(
     factors = torch.ones((), dtype=wide, device=DEVICE) if factors is None else factors.to(wide)
     empty = ~allowed.any(-1).expand(logits.shape[:-1])
     if recompute:
-        output, lse = Recomputed.apply(logits, value, factors)
+        output, lse = Recomputed.apply(logits, value, factors, dtype)
     else:
         lse = torch.where(empty[..., None], 0, logits).logsumexp(-1).masked_fill(empty, -math.inf)
         weights = torch.exp(logits - lse.masked_fill(empty, 0)[..., None])

@@ -127,7 +127,9 @@ attention(*leaves, Window(256), bias=BlockBias(table, 512), dropout_p=0.1).sum()
 PROBE_OF_DERIVATIVES = PROBE.replace(
     "    attention(*leaves, cases.library({expression!r})).sum().backward()\n",
     "    exec({body!r})\n",
-).replace("from sparse_attn import attention", "from sparse_attn import BlockBias, Window, attention")
+).replace(
+    "from sparse_attn import attention", "from sparse_attn import BlockBias, Window, attention"
+)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")

@@ -75,6 +75,7 @@ class GradientSweep {
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t chunks = largest(p_, pass, chunks_of);
       for_each_item(parallel, heads_kv * chunks, [&](int thread, int64_t item) {
+        const FlushToZero flush;
         Arena arena(scratch_ + thread * scratch_bytes_);
         Scratch scratch(arena, *this);
         const int64_t head_kv = item / chunks;

@@ -13,8 +13,8 @@ using sparse_attn::Parallel;
 using sparse_attn::PassView;
 using sparse_attn::PlanView;
 
-/// Results too small for a normal number become 0 as long as this lives: probabilities of far keys
-/// times a gradient are, and a product that reads them took 4.5 times as long.
+/// Results too small for a normal number become 0 as long as this lives: for sweeps whose products
+/// read probabilities times gradients, which are so of far keys, and took 4.5 times as long.
 class FlushToZero {
  public:
   FlushToZero() : before_(get()) { set(before_ | kFlush); }
@@ -56,7 +56,6 @@ void for_each_item(const Parallel& parallel, int64_t items, const Body& body) {
       threads,
       [](void* raw, int thread) {
         auto* shared = static_cast<Context*>(raw);
-        const FlushToZero flush;
         for (;;) {
           const int64_t item = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
           if (item >= shared->items) return;

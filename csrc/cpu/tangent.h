@@ -82,6 +82,7 @@ class Tangent {
   template <class Body>
   void with_scratch(const Parallel& parallel, int64_t items, const Body& body) {
     for_each_item(parallel, items, [&](int thread, int64_t item) {
+      const FlushToZero flush;
       Arena arena(scratch_ + thread * scratch_bytes_);
       Scratch scratch(arena, *this);
       body(scratch, item);

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "attention_case.h"
+#include "random_modifiers.h"
 
 namespace {
 
@@ -265,6 +266,27 @@ void test_dispatch() {
         cpu::kernels(names[0], DataType::kFloat32));
 }
 
+/// Tables, soft cap and dropout: in tiles that are full, masked or gathered, in lists, in chunks.
+void test_modifiers() {
+  Random random(12);
+  const Expression tiles = any_of({window(9, 5), window(2, 2, 7), global_keys({0, 2})});
+  int i = 0;
+  for (const ModifierKinds& kinds : all_modifier_kinds()) {
+    Shape shape;
+    shape.batch = 2;
+    shape.heads_kv = random.between(1, 2);
+    shape.group = random.between(1, 2);
+    shape.sizes = ++i % 2 ? Sizes{70, 83} : Sizes{90, 40};
+    shape.head_dim = random.pick<std::int64_t>({3, 33});
+    shape.value_dim = random.pick<std::int64_t>({5, 64});
+    shape.layout = random_layout(random);
+    Case c(random, kTypes[i % 4], shape, {i % 3 ? tiles : causal()}, {}, i % 4 + 1);
+    c.listing = i % 4 < 2 ? Listing::kUnique : Listing::kAll;
+    modify(random, c, kinds);
+    check_case(c);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -280,5 +302,6 @@ int main() {
   test_large_logits();
   test_half_values_pass_through();
   test_nan_is_not_hidden();
+  test_modifiers();
   return check::report();
 }
