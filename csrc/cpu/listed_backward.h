@@ -91,10 +91,15 @@ class ListedBackward {
       load_row(scratch.other, of.value, j, dv_, T{1});
       fill_zero(scratch.sum, round_up(d_, kLanes<T>));
       fill_zero(scratch.other_sum, round_up(dv_, kLanes<T>));
-      for_each_block(begin, end, nullptr, [&](const int32_t* list, int count) {
+      for_each_block(begin, end, nullptr, [&](const int32_t* all, int all_count) {
+        int32_t list[kListBlock];  // without queries that see no key, whatever they hold
+        int count = 0;
+        for (int i = 0; i < all_count; ++i) {
+          if (of.lse[all[i]] != -kInfinity<T>) list[count++] = all[i];
+        }
+        if (count == 0) return;
         for (int i = 0; i < count; ++i) {
-          const T lse = of.lse[list[i]];  // without keys, the probabilities are 0
-          scratch.lse[i] = lse == -kInfinity<T> ? kInfinity<T> : lse;
+          scratch.lse[i] = of.lse[list[i]];
           scratch.delta[i] = of.delta[list[i]];
         }
         logit_gradients(scratch, of.query, of.grad_output, list, count,
