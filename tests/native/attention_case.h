@@ -242,8 +242,8 @@ struct Case {
            std::to_string(static_cast<int>(shape.layout)) + ", " + std::to_string(chunks) +
            " chunks in tiles of " + std::to_string(tile.rows) + " x " + std::to_string(tile.keys) +
            (padding.empty() ? "" : ", padded") + (listing == Listing::kAll ? ", listed" : "") +
-           (left_to_programs ? ", left to programs" : "") +
-           modifiers.to_string() + ", pattern " + ::to_string(patterns[0], shape.sizes);
+           (left_to_programs ? ", left to programs" : "") + modifiers.to_string() + ", pattern " +
+           ::to_string(patterns[0], shape.sizes);
   }
 };
 

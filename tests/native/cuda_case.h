@@ -39,8 +39,8 @@ class EmulatedPlans {
     for (const Expression& pattern : c.patterns) {
       const Sizes sizes = c.shape.sizes;
       const Expression planned = c.left_to_programs ? no_pair() : pattern;
-      plans.push_back({std::make_shared<const Plan>(
-          build_plan(expand(planned, sizes), sizes, {}, c.listing))});
+      plans.push_back(
+          {std::make_shared<const Plan>(build_plan(expand(planned, sizes), sizes, {}, c.listing))});
       if (c.left_to_programs) plans.back().looked_up = compile(pattern, sizes);
     }
     return plans;
