@@ -42,6 +42,9 @@ def attention(
 
     All of it is differentiable twice, in reverse and in forward mode.
 
+    What padded keys hold does not matter. NaN or infinity in a key or value that only the pattern
+    or a bias of −inf excludes may reach other queries, as in torch: 0 · NaN is NaN.
+
     Args:
         query: (batch, heads, n_q, head_dim); float64, float32, bfloat16 or float16.
         key: (batch, heads_kv, n_k, head_dim), as query. With n_q ≠ n_k the ends are aligned: query
@@ -207,6 +210,11 @@ def _check_tensors(**arguments: object) -> None:
 
 def _check_numbers(**arguments: object) -> None:
     for name, argument in arguments.items():
+        if isinstance(argument, Tensor) and (argument.requires_grad or argument.dim() > 0):
+            raise TypeError(
+                f"sparse_attn: expected {name} to be a number, which no gradient reaches, got a "
+                f"Tensor of shape {tuple(argument.shape)}; multiply query by what is learned"
+            )
         # A module's float may be symbolic under torch.compile.
         if isinstance(argument, (float, torch.SymFloat, torch.SymInt)):
             continue

@@ -87,12 +87,17 @@ def _under_autocast(*tensors: Tensor) -> Iterator[Tensor]:
     """As the op casts them; float64 stays float64."""
     for tensor in tensors:
         kind = tensor.device.type
-        if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+        if not tensor.is_meta and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
             tensor = tensor.to(torch.get_autocast_dtype(kind))
         yield tensor
 
 
 def _sizes(query: Tensor, key: Tensor, enable_gqa: bool) -> tuple[int, int, int, int]:
+    if query.is_meta:
+        raise NotImplementedError(
+            "sparse_attn: expected query with data for its weights, whose number follows from the "
+            "pattern, got one on device meta"
+        )
     for name, tensor in (("query", query), ("key", key)):
         if tensor.dim() != 4:
             raise ValueError(
@@ -110,7 +115,7 @@ def _sizes(query: Tensor, key: Tensor, enable_gqa: bool) -> tuple[int, int, int,
 def _softmax(
     logits: Tensor, pairs: SparseWeights, lse: Tensor | None, sink: Tensor | None
 ) -> Tensor:
-    """exp(logit − m) over the row's sum and the sink's exp(sink − m); m only keeps exp finite."""
+    """exp(logit − m) over the row's sum, times what the sink leaves; m only keeps exp finite."""
     batch, heads, n_q, n_k = pairs.shape
     indices = pairs.crow_indices, pairs.col_indices
     # The ops of pairs with columns of 1 sum rows, and hand a row's number to its pairs.
@@ -121,16 +126,15 @@ def _softmax(
             logits.detach(), "max", offsets=offsets, initial=-math.inf, unsafe=True
         ).view(batch, heads, n_q)
     largest = lse.detach()
-    if sink is not None:
-        sink = sink.to(logits.dtype)[:, None]
-        largest = torch.maximum(largest, sink.detach())
     largest = largest.masked_fill(largest == -math.inf, 0)
     powers = torch.exp(logits - ops.pair_products(largest[..., None], ones, *indices))
     total = ops.pair_sums(powers, ones, *indices)
-    if sink is not None:
-        total = total + torch.exp(sink - largest)[..., None]
     total = torch.where(total == 0, 1, total)  # no keys, or a bias of −inf for each
-    return powers / ops.pair_products(total, ones, *indices)
+    weights = powers / ops.pair_products(total, ones, *indices)
+    if sink is None:
+        return weights
+    share = torch.sigmoid(largest + total.squeeze(-1).log() - sink.to(logits.dtype)[:, None])
+    return weights * ops.pair_products(share[..., None], ones, *indices)
 
 
 def _of_pairs(name: str, given: Tensor | SlotBias | BlockBias, pairs: SparseWeights) -> Tensor:

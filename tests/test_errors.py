@@ -345,3 +345,11 @@ def test_a_refused_call_leaves_no_trace():
     with pytest.raises(ValueError, match="token"):
         good_call(Causal() | Global([99]))
     assert torch.equal(good_call(Causal() | Global([0])), before)
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+@pytest.mark.parametrize(
+    "value", [torch.tensor(0.5, requires_grad=True), torch.full((1,), 0.5)], ids=["learned", "list"]
+)
+def test_numbers_are_not_learned(name, value):
+    refuses(lambda: good_call(Window(3), **{name: value}), TypeError, [name])

@@ -216,6 +216,19 @@ def test_randomness_of_vmap():
         vmap(call)(q)
 
 
+def test_vmap_of_dropout_with_one_seed():
+    """Every slice drops the same pairs, and so do its derivatives."""
+    q, k, v = (x[0] for x in tensors())
+    seed = torch.tensor(7, device=DEVICE)
+    call = lambda q: attention(q, k, v, Window(2), dropout_p=0.5, dropout_seed=seed)  # noqa: E731
+    assert_same(vmap(call)(torch.stack([q, 2 * q])), [call(q), call(2 * q)])
+    torch.testing.assert_close(jacrev(call)(q), jacfwd(call)(q))
+    leaf = q.clone().requires_grad_()
+    made = call(leaf)[0, 0].flatten()
+    rows = [torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in made]
+    torch.testing.assert_close(jacrev(call)(q)[0, 0].flatten(0, 1), torch.stack(rows))
+
+
 def test_nested_vmap():
     q, k, v = tensors()
     inner = lambda q, k, v: attention(q[None], k[None], v[None], Window(2))[0]  # noqa: E731

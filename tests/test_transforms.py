@@ -138,6 +138,15 @@ def test_autocast_with_modifiers(low):
     assert torch.equal(output, attention(*cast, Window(3), bias=table, gate=table, sink=sink))
 
 
+@pytest.mark.parametrize("given", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_autocast_takes_tables_of_any_type(given):
+    query, key, value = cases.inputs(SHAPE)
+    table, sink = cases.normal(4, 7, dtype=given), torch.ones(4, dtype=given, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        output = attention(query, key, value, Window(3), bias=table, gate=table, sink=sink)
+    assert output.dtype == torch.bfloat16
+
+
 def test_inference_mode_with_modifiers():
     query, key, value = cases.inputs(SHAPE)
     options = {"bias": alibi_slopes(4, device=DEVICE), "softcap": 2.0, "dropout_p": 0.5}

@@ -759,3 +759,13 @@ def test_memory_is_linear():
     assert result.returncode == 0, result.stderr
     # 35 pairs a query; a dense matrix of float32 would be 4 GiB.
     assert int(result.stdout) <= 35 * n * 400
+
+
+@pytest.mark.parametrize("sink", [-math.inf, -1e3, 0.0, 1e3, math.inf])
+def test_extreme_sinks(sink):
+    query, key, value = cases.inputs(Shape(n_q=20, head_dim=8), torch.float64)
+    sinks = torch.full((4,), sink, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    output, weights = attention(query, key, value, Window(3), sink=sinks, return_weights=True)
+    torch.testing.assert_close(weights @ value, output)
+    (gradient,) = torch.autograd.grad((weights @ value).sum(), sinks)
+    assert gradient.isfinite().all()

@@ -1,5 +1,5 @@
-// Under autocast query, key and value are cast to its dtype, whatever they come in; float64 stays
-// float64, as in torch.
+// Under autocast query, key and value are cast to its dtype, whatever they come in, and tables of
+// another to float32; float64 stays float64, as in torch.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -16,6 +16,11 @@ Outputs attention_autocast(c10::DispatchKeySet, const AttentionArguments& a) {
   AttentionArguments cast = a;
   for (at::Tensor* tensor : {&cast.query, &cast.key, &cast.value}) {
     *tensor = at::autocast::cached_cast(type, *tensor, kDevice);
+  }
+  const bool is_double = cast.query.scalar_type() == at::kDouble;
+  for (OptionalTensor* table : {&cast.bias, &cast.gate, &cast.sink}) {
+    const bool fits = !*table || is_double || (*table)->scalar_type() == type;
+    if (!fits && (*table)->is_floating_point()) *table = (*table)->to(at::kFloat);
   }
   return attention_op().call(cast);
 }

@@ -69,67 +69,44 @@ FrontPattern index_pattern(const at::Tensor& indices, const OptionalTensor& coun
   return pattern;
 }
 
-/// The ops of a front whose pattern is made of these arguments.
-template <class... Arguments>
-struct Front {
-  template <FrontPattern (*kPattern)(Arguments...)>
-  static Outputs forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                         Arguments... arguments, const OptionalTensor& key_padding_mask,
-                         const OptionalTensor& global_mask, const OptionalTensor& bias,
-                         std::int64_t bias_kind, const OptionalTensor& gate, std::int64_t gate_kind,
-                         double dropout_p, const OptionalTensor& dropout_seed,
-                         std::optional<double> scale, std::optional<double> softcap,
-                         const OptionalTensor& sink, bool enable_gqa) {
-    const FrontPattern pattern = kPattern(arguments...);
-    const Words words = encode(pattern.expression);
-    const CallOptions options{words,
-                              at::ArrayRef<at::Tensor>(pattern.tensors),
-                              key_padding_mask,
-                              global_mask,
-                              bias,
-                              bias_kind,
-                              gate,
-                              gate_kind,
-                              dropout_p,
-                              dropout_seed,
-                              scale,
-                              softcap,
-                              sink,
-                              enable_gqa};
-    return attention_op().call({options, query, key, value});
-  }
+/// The ops of fronts that take these options, in the order of CallOptions after the pattern.
+template <class... Option>
+struct WithOptions {
+  /// Those of a front whose pattern is made of these arguments.
+  template <class... Argument>
+  struct Front {
+    template <FrontPattern (*kPattern)(Argument...)>
+    static Outputs forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                           Argument... arguments, Option... options) {
+      const FrontPattern pattern = kPattern(arguments...);
+      const Words words = encode(pattern.expression);
+      const at::ArrayRef<at::Tensor> tensors(pattern.tensors);
+      return attention_op().call({{words, tensors, options...}, query, key, value});
+    }
 
-  template <FrontPattern (*kPattern)(Arguments...)>
-  static Gradients backward(const at::Tensor& grad_output, const OptionalTensor& grad_logsumexp,
-                            const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                            const at::Tensor& output, const at::Tensor& logsumexp,
-                            Arguments... arguments, const OptionalTensor& key_padding_mask,
-                            const OptionalTensor& global_mask, const OptionalTensor& bias,
-                            std::int64_t bias_kind, const OptionalTensor& gate,
-                            std::int64_t gate_kind, double dropout_p,
-                            const OptionalTensor& dropout_seed, std::optional<double> scale,
-                            std::optional<double> softcap, const OptionalTensor& sink,
-                            bool enable_gqa) {
-    const FrontPattern pattern = kPattern(arguments...);
-    const Words words = encode(pattern.expression);
-    const CallOptions options{words,
-                              at::ArrayRef<at::Tensor>(pattern.tensors),
-                              key_padding_mask,
-                              global_mask,
-                              bias,
-                              bias_kind,
-                              gate,
-                              gate_kind,
-                              dropout_p,
-                              dropout_seed,
-                              scale,
-                              softcap,
-                              sink,
-                              enable_gqa};
-    return backward_op().call(
-        {{options, query, key, value}, grad_output, grad_logsumexp, output, logsumexp});
-  }
+    template <FrontPattern (*kPattern)(Argument...)>
+    static Gradients backward(const at::Tensor& grad_output, const OptionalTensor& grad_logsumexp,
+                              const at::Tensor& query, const at::Tensor& key,
+                              const at::Tensor& value, const at::Tensor& output,
+                              const at::Tensor& logsumexp, Argument... arguments,
+                              Option... options) {
+      const FrontPattern pattern = kPattern(arguments...);
+      const Words words = encode(pattern.expression);
+      const at::ArrayRef<at::Tensor> tensors(pattern.tensors);
+      return backward_op().call({{{words, tensors, options...}, query, key, value},
+                                 grad_output,
+                                 grad_logsumexp,
+                                 output,
+                                 logsumexp});
+    }
+  };
 };
+
+template <class... Argument>
+using Front =
+    WithOptions<OptionalArgument, OptionalArgument, OptionalArgument, std::int64_t,
+                OptionalArgument, std::int64_t, double, OptionalArgument, std::optional<double>,
+                std::optional<double>, OptionalArgument, bool>::Front<Argument...>;
 
 using Right = std::optional<std::int64_t>;
 using WindowFront = Front<std::int64_t, Right>;

@@ -1,6 +1,6 @@
 // torch.vmap: the mapped dimension folds into the batch, so that one call of the kernels serves all
-// of it. What cannot be folded (a seed for each slice, tensors of a pattern) is called slice by
-// slice.
+// of it. What cannot be folded (dropout, whose draws count examples; tensors of a pattern) is
+// called slice by slice.
 #include <ATen/ATen.h>
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <torch/library.h>
@@ -130,7 +130,7 @@ at::Tensor unfold_table(const at::Tensor& result, const std::optional<c10::SymIn
 /// Whether the call's other tensors are the same for all slices, and no tensor of the pattern tells
 /// examples apart.
 bool can_fold(Level& level, const CallOptions& a) {
-  if (a.dropout_seed && level.unwrap(*a.dropout_seed).dim) return false;
+  if (a.dropout_p > 0.0) return false;  // slices with one seed drop the same pairs
   bool alike = true;
   for (const at::Tensor& tensor : a.pattern_tensors.value_or(at::ArrayRef<at::Tensor>()))
     alike = alike && !level.unwrap(tensor).dim;
