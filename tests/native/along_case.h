@@ -52,7 +52,16 @@ class TableCase {
       for (std::size_t i = index(dim) + 1; i < sizes_.size(); ++i) product *= sizes_[i];
       return sizes_[index(dim)] == 1 ? 0 : product;
     };
-    return {kind_, numbers.data(), stride(0), stride(1), stride(2), stride(3), sizes_[3], block_};
+    LogitTable table;
+    table.kind = kind_;
+    table.data = numbers.data();
+    table.batch_stride = stride(0);
+    table.head_stride = stride(1);
+    table.row_stride = stride(2);
+    table.column_stride = stride(3);
+    table.columns = sizes_[3];
+    table.block = block_;
+    return table;
   }
 
   /// The number of a pair's entry, or -1: the documented meaning.
