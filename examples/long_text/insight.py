@@ -12,8 +12,8 @@ from sparse_attn import SparseWeights
 @torch.no_grad()
 def layer_weights(model: ByteModel, tokens: torch.Tensor) -> list[SparseWeights]:
     """The weights of each layer on a text of n bytes."""
-    turns = model.turns(len(tokens), tokens.device)
-    x, layers = model.embedding(tokens[None]), []
+    turns = model.turns(0, len(tokens), tokens.device)
+    x, layers = model.embedding(tokens[None], tokens.new_zeros(1, 2)), []
     for number, block in enumerate(model.blocks):
         heads = block.query_key_value(block.norm1(x), turns)
         pattern = model.config.pattern(number)
