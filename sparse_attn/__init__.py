@@ -8,7 +8,7 @@
 torch.Size([1, 8, 1000, 64])
 """
 
-from sparse_attn import functional, nn
+from sparse_attn import functional, huggingface, nn
 from sparse_attn.cache import KVCache
 from sparse_attn.functional import attention
 from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, plan_info
@@ -91,6 +91,7 @@ __all__ = [
     "clear_plan_cache",
     "cmake_prefix_path",
     "functional",
+    "huggingface",
     "merge",
     "nn",
     "plan_info",

@@ -1,0 +1,8 @@
+"""Hugging Face's models on this library's kernels.
+
+Nothing here imports transformers before it is used.
+"""
+
+from sparse_attn.huggingface.replacement import replace_attention
+
+__all__ = ["replace_attention"]
