@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sparse_attn import _longformer_layout
 from sparse_attn._library import ops
-from sparse_attn.patterns import Global, GlobalKeys, GlobalQueries, Pattern, PerHead
-from sparse_attn.patterns.base import Intersection, Union
-from sparse_attn.tables import slot_windows
+from sparse_attn.patterns import Pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -180,32 +178,19 @@ class SparseWeights:
             ValueError: The pattern does not hold exactly one finite `Window`, or a query sees keys
                 that are neither global nor in the window.
         """
-        if self.pattern is None:
-            raise ValueError("sparse_attn: expected weights with a pattern for to_longformer()")
-        batch, heads, n_q, n_k = self.shape
-        sides = slot_windows("to_longformer()", self.pattern)
-        side = max(max(left, right) for left, right, _ in sides)
-        dilation = self._of_heads([step for _, _, step in sides])
-        is_key, is_query = self._global_tokens()
-        number = is_key.sum(-1).amax().item() if is_key.numel() else 0
-        width = number + 2 * side + 1
+        return _longformer_layout.of_local_queries(self)
 
-        row = self._rows()
-        head, distance = row // max(1, n_q), self._distance(row)
-        step = dilation[head % max(1, heads)]
-        column = head * n_k + self.col_indices
-        is_global = is_key.flatten()[column]
-        in_window = (distance % step == 0) & (distance.abs() <= side * step)
-        kept = ~self._row_mask(is_query).flatten()[row]
-        if (kept & ~is_global & ~in_window).any():
-            raise ValueError(
-                "sparse_attn: expected a pattern of one window and global tokens for "
-                f"to_longformer(), got {self.pattern!r}"
-            )
-        rank = (is_key.cumsum(-1) - 1).flatten()[column]
-        place = torch.where(is_global, rank, number + side + distance // step)
-        shape = torch.Size((batch, heads, n_q, width))
-        return self._scattered(row * width + place, shape, kept.nonzero().squeeze(1))
+    def to_longformer_global(self) -> Tensor:
+        """What the global queries pay, in the layout of Hugging Face's `global_attentions`.
+
+        Returns:
+            (batch, heads, n_k, G): for each key what each global query of its example pays to it,
+            the queries ascending; 0 where an example has fewer than G of them.
+
+        Raises:
+            ValueError: The weights have no pattern, or n_q ≠ n_k.
+        """
+        return _longformer_layout.of_global_queries(self)
 
     def plot(self, batch: int = 0, head: int = 0, ax: Axes | None = None) -> Any:
         """Draw the weights of one head with matplotlib: queries down, keys across.
@@ -299,37 +284,3 @@ class SparseWeights:
         if kept is not None:
             values, place = values.index_select(0, kept), place[kept]
         return values.new_zeros(shape.numel()).scatter(0, place, values).view(shape)
-
-    def _global_tokens(self) -> tuple[Tensor, Tensor]:
-        """(batch, heads, n_k) masks: keys that all see, queries that see all or are padding."""
-        batch, heads, _, n_k = self.shape
-        patterns = self.pattern.patterns if isinstance(self.pattern, PerHead) else [self.pattern]
-        masks = torch.zeros(2, len(patterns), n_k, dtype=torch.bool)
-        for number, pattern in enumerate(patterns):
-            for part in _token_parts(pattern):
-                if not isinstance(part, GlobalQueries):
-                    masks[0, number, list(part.tokens)] = True
-                if not isinstance(part, GlobalKeys):
-                    masks[1, number, list(part.tokens)] = True
-        group = heads // len(patterns)
-        masks = masks.to(self.device).repeat_interleave(group, 1)[:, None]
-        is_key, is_query = masks.expand(2, batch, heads, n_k)
-        if self.global_mask is not None:
-            is_key, is_query = (x | self.global_mask[:, None] for x in (is_key, is_query))
-        if self.key_padding_mask is not None:
-            is_key = is_key & ~self.key_padding_mask[:, None]
-            is_query = is_query | self.key_padding_mask[:, None]
-        return is_key, is_query
-
-    def _row_mask(self, of_tokens: Tensor) -> Tensor:
-        """A mask of tokens for the queries that stand at their positions."""
-        n_q, n_k = self.shape[2:]
-        return torch.nn.functional.pad(of_tokens, (max(0, n_q - n_k), 0))[..., -n_q or n_k :]
-
-
-def _token_parts(pattern: Pattern) -> Iterator[Global | GlobalKeys | GlobalQueries]:
-    if isinstance(pattern, (Global, GlobalKeys, GlobalQueries)):
-        yield pattern
-    elif isinstance(pattern, (Union, Intersection)):
-        for part in pattern.parts:
-            yield from _token_parts(part)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
+from sparse_attn.huggingface.longformer import LongformerSelfAttention
+
 #: For each class of transformers the one whose module, made from the old one, takes its place.
-_ADAPTERS: dict[str, type[nn.Module]] = {}
+_ADAPTERS: dict[str, type[nn.Module]] = {
+    "transformers.models.led.modeling_led.LEDEncoderSelfAttention": LongformerSelfAttention,
+    "transformers.models.longformer.modeling_longformer.LongformerSelfAttention": (
+        LongformerSelfAttention
+    ),
+}
 
 
 def replace_attention(model: nn.Module) -> nn.Module:

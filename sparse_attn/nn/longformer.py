@@ -87,51 +87,73 @@ class LongformerSelfAttention(nn.Module):
                 output is 0.
             global_attention_mask: (batch, length), 1 = global: sees all tokens and is seen by all.
                 Padding wins over it.
-            output_attentions: Not built yet.
+            output_attentions: Also return the attention probabilities, after dropout; their size
+                depends on the masks, so the host waits for the device.
 
         Returns:
-            A tuple of the output (batch, length, embed_dim).
+            A tuple of the output (batch, length, embed_dim). With `output_attentions` also the
+            attentions (batch, heads, length, G + 2 · ⌊w/2⌋ + 1): for each query the global tokens
+            of its example, ascending, then the window from left to right; G is the largest number
+            of global tokens of an example. And the global ones (batch, heads, length, G): what
+            global query g pays to each token. Rows of global and of padded queries are 0, and so
+            is what has no token.
 
         Raises:
             ValueError: A shape does not fit.
-            NotImplementedError: output_attentions is asked for.
         """
-        if output_attentions:
-            raise NotImplementedError(
-                "sparse_attn: expected output_attentions=False, True is not built yet"
-            )
         self._check(hidden_states, attention_mask, global_attention_mask)
         padding = None if attention_mask is None else attention_mask == 0
         is_global = None if global_attention_mask is None else global_attention_mask != 0
+        return self.attend(hidden_states, padding, is_global, output_attentions)
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        padding: Tensor | None,
+        is_global: Tensor | None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """`forward` with masks as `attention` takes them: (batch, length) bool, True = padding and
+        True = global.
+        """
         if is_global is not None and padding is not None:
             is_global = is_global & ~padding
-
-        query, key, value = self._project(hidden_states, "query", "key", "value")
-        output = self._attend(query, key, value, self.pattern, padding, is_global)
-        if is_global is None:
-            output = output + self._zero_of_unused() if torch.is_grad_enabled() else output
-        else:
-            parts = self._project(hidden_states, "query_global", "key_global", "value_global")
-            global_output = self._attend(*parts, self.global_pattern, padding, is_global)
-            output = torch.where(is_global[:, None, :, None], global_output, output)
+        local = self._project(hidden_states, *_PROJECTIONS[:3])
+        output, weights = self._attend(local, self.pattern, padding, is_global, output_attentions)
+        global_weights = None
+        if is_global is not None:
+            parts = self._project(hidden_states, *_PROJECTIONS[3:])
+            of_global, global_weights = self._attend(
+                parts, self.global_pattern, padding, is_global, output_attentions
+            )
+            output = torch.where(is_global[:, None, :, None], of_global, output)
+        elif torch.is_grad_enabled():
+            output = output + self._zero_of_unused()
         if padding is not None:
             output = output.masked_fill(padding[:, None, :, None], 0.0)
-        return (output.transpose(1, 2).flatten(2),)
+        output = output.transpose(1, 2).flatten(2)
+        if not output_attentions:
+            return (output,)
+        attentions = weights.to_longformer()
+        global_attentions = (
+            attentions[..., :0] if global_weights is None else global_weights.to_longformer_global()
+        )
+        return output, attentions.to(output.dtype), global_attentions.to(output.dtype)
 
     def extra_repr(self) -> str:
         """The pattern, in `print(module)`."""
         return f"{self.embed_dim}, {self.num_heads}, pattern={self.pattern}"
 
-    def _attend(self, query, key, value, pattern, padding, is_global) -> Tensor:
-        return attention(
-            query,
-            key,
-            value,
+    def _attend(self, parts, pattern, padding, is_global, with_weights):
+        results = attention(
+            *parts,
             pattern,
             key_padding_mask=padding,
             global_mask=is_global,
             dropout_p=self.dropout if self.training else 0.0,
+            return_weights=with_weights,
         )
+        return results if with_weights else (results, None)
 
     def _project(self, hidden_states: Tensor, *names: str) -> list[Tensor]:
         """(batch, heads, length, head_dim) for each name."""
