@@ -15,6 +15,8 @@ from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, pl
 from sparse_attn.merging import merge
 from sparse_attn.nn import (
     ETCSelfAttention,
+    LongformerEncoder,
+    LongformerLayer,
     LongformerSelfAttention,
     RelativePositionGenerator,
     SparseSelfAttention,
@@ -69,6 +71,8 @@ __all__ = [
     "KVCache",
     "KeyLists",
     "LocalBlocks",
+    "LongformerEncoder",
+    "LongformerLayer",
     "LongformerSelfAttention",
     "Mask",
     "Pattern",

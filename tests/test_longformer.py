@@ -49,7 +49,7 @@ def hugging_face():
     torch.manual_seed(1)
     theirs = longformer.LongformerSelfAttention(config, layer_id=0).eval().to(DEVICE)
 
-    def forward(x: Tensor, attention_mask: Tensor, global_attention_mask: Tensor) -> Tensor:
+    def forward(x: Tensor, attention_mask: Tensor, global_attention_mask: Tensor, **options):
         """What LongformerModel does with 0/1 masks before it calls its layers."""
         merged = attention_mask * (global_attention_mask + 1)
         numbers = torch.tensor([MASKED, 0.0, GLOBAL], device=DEVICE)[merged]
@@ -60,7 +60,8 @@ def hugging_face():
             is_index_masked=numbers < 0,
             is_index_global_attn=is_global,
             is_global_attn=bool(is_global.any()),
-        )[0]
+            **options,
+        )
 
     return theirs, forward
 
@@ -85,10 +86,10 @@ def test_equals_hugging_face(hugging_face, n, lengths, tokens):
     grad_output = hidden_states(3, n, seed=1)
 
     results = []
-    for layer, call in ((ours, lambda *x: ours(*x)[0]), (theirs, forward)):
+    for layer, call in ((ours, ours), (theirs, forward)):
         layer.zero_grad()
         x = hidden_states(3, n).requires_grad_()
-        output = call(x, attention_mask, global_mask)
+        (output,) = call(x, attention_mask, global_mask)
         output.backward(grad_output)
         gradients = {name: p.grad for name, p in layer.named_parameters()}
         results.append((output.detach(), x.grad, gradients))
@@ -219,9 +220,100 @@ def test_returns_a_tuple_of_one():
     assert len(result) == 1
 
 
-def test_attentions_are_for_later():
-    with pytest.raises(NotImplementedError, match="output_attentions"):
-        module()(hidden_states(2, 20), output_attentions=True)
+def test_attentions_equal_hugging_face(hugging_face):
+    theirs, forward = hugging_face
+    ours = module()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x, attention_mask = hidden_states(3, 32), token_mask([32, 20, 9], 32)
+    for tokens in ([[0, 5, 31], [16, 17, 18], [2, 3, 4]], [[], [], []]):
+        global_mask = marks(tokens, 32)
+        _, attentions, of_global = ours(x, attention_mask, global_mask, output_attentions=True)
+        _, expected, *expected_global = forward(
+            x, attention_mask, global_mask, output_attentions=True
+        )
+        torch.testing.assert_close(attentions, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+        if expected_global:
+            expected = expected_global[0].mT
+            torch.testing.assert_close(of_global, expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert of_global.shape == (3, HEADS, 32, 0)
+
+
+def dense_attentions(allowed: Tensor, logits: Tensor) -> Tensor:
+    """Softmax over the allowed pairs; 0 where a row has none."""
+    weights = torch.softmax(logits.masked_fill(~allowed, -torch.inf), -1)
+    return weights.masked_fill(~allowed, 0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [1, 7, 8])
+@pytest.mark.parametrize("dilation", [1, [1, 2, 3, 8]], ids=str)
+def test_attentions_by_definition(window, dilation, causal):
+    """Column by column: global tokens, then the window; a token of both is the global one's."""
+    n, tokens = 19, [[0, 7, 18], [4], []]
+    layer = module(window, dilation=dilation, causal=causal).double()
+    x, attention_mask = hidden_states(3, n, dtype=torch.float64), token_mask([n, 12, 1], n)
+    global_mask = marks(tokens, n)
+    _, attentions, of_global = layer(x, attention_mask, global_mask, output_attentions=True)
+    side = window // 2
+    assert attentions.shape == (3, HEADS, n, 3 + 2 * side + 1)
+    assert of_global.shape == (3, HEADS, n, 3)
+
+    def logits(suffix: str) -> Tensor:
+        q, k = (
+            getattr(layer, name + suffix)(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for name in ("query", "key")
+        )
+        return q @ k.mT / (EMBED // HEADS) ** 0.5
+
+    real = (attention_mask == 1)[:, None, None, :]
+    is_global = (global_mask == 1)[:, None, None, :] & real
+    i, j = torch.arange(n, device=DEVICE)[:, None], torch.arange(n, device=DEVICE)
+    past = j <= i if causal else torch.ones_like(j <= i)
+    steps = torch.tensor(dilation if isinstance(dilation, list) else [dilation] * HEADS)
+    steps = steps.to(DEVICE)[:, None, None]
+    near = ((j - i) % steps == 0) & ((j - i).abs() <= side * steps)
+    dense = dense_attentions((near | is_global) & past & real, logits(""))
+    dense_global = dense_attentions(past & real, logits("_global"))
+    for b, marked in enumerate(tokens):
+        for h, step in enumerate(steps.flatten().tolist()):
+            for q in range(n):
+                expected = torch.zeros(3 + 2 * side + 1, dtype=torch.float64, device=DEVICE)
+                if attention_mask[b, q] and q not in marked:
+                    for rank, token in enumerate(marked):
+                        expected[rank] = dense[b, h, q, token]
+                    for slot in range(-side, side + 1):
+                        key = q + slot * step
+                        if 0 <= key < n and key not in marked:
+                            expected[3 + side + slot] = dense[b, h, q, key]
+                torch.testing.assert_close(attentions[b, h, q], expected)
+        for rank in range(3):
+            expected = torch.zeros(HEADS, n, dtype=torch.float64, device=DEVICE)
+            if rank < len(marked):
+                expected = dense_global[b, :, marked[rank]]
+            torch.testing.assert_close(of_global[b, :, :, rank], expected)
+
+
+def test_attentions_are_differentiable():
+    layer = module().double()
+    x = hidden_states(1, 9, dtype=torch.float64).requires_grad_()
+
+    def both(x: Tensor) -> tuple[Tensor, ...]:
+        return layer(x, None, marks([[2, 8]], 9), output_attentions=True)
+
+    torch.autograd.gradcheck(both, (x,), fast_mode=True)
+
+
+def test_attentions_are_those_of_the_dropout():
+    """In training the output is the attentions' product with the values, dropout included."""
+    layer = module(window=8, dropout=0.4).train()
+    x = hidden_states(2, 20)
+    output, attentions, _ = layer(x, output_attentions=True)
+    value = layer.value(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    padded = torch.nn.functional.pad(value, (0, 0, 4, 4)).unfold(2, 9, 1)
+    expected = (attentions[..., None, :] * padded).sum(-1).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    assert 0.2 < (attentions == 0).float().mean() < 0.7
 
 
 def test_dropout():

@@ -2,11 +2,14 @@
 
 from sparse_attn.nn.etc import ETCSelfAttention, RelativePositionGenerator
 from sparse_attn.nn.longformer import LongformerSelfAttention
+from sparse_attn.nn.longformer_layers import LongformerEncoder, LongformerLayer
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.nn.sparse_transformer import SparseTransformerBlock
 
 __all__ = [
     "ETCSelfAttention",
+    "LongformerEncoder",
+    "LongformerLayer",
     "LongformerSelfAttention",
     "RelativePositionGenerator",
     "SparseSelfAttention",
