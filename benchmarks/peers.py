@@ -130,7 +130,7 @@ def _block_mask(case: Case, block: int = 128):
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=mask_mod)
 
 
-class _Given(torch.nn.Module):
+class Given(torch.nn.Module):
     """Stands for a projection: gives a tensor that was set before."""
 
     def __init__(self) -> None:
@@ -162,11 +162,11 @@ def _longformer(setup: Setup) -> Attention:
         attention_probs_dropout_prob=0.0,
     )
     module = LongformerSelfAttention(config, 0)
-    given = {name: _Given() for name in ("query", "key", "value")}
+    given = {name: Given() for name in ("query", "key", "value")}
     for name, projection in given.items():
         setattr(module, name, projection)
         setattr(module, f"{name}_global", projection)
-    module.query_global = query_global = _Given()
+    module.query_global = query_global = Given()
     tokens = torch.tensor(case.tokens, dtype=torch.int64)
     is_global = torch.zeros(batch, length, dtype=torch.bool)
     is_global[:, tokens] = True

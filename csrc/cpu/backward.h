@@ -52,17 +52,22 @@ struct LogitGradients {
   }
 };
 
-/// The same with modifiers: of the scores, by the slopes of the logits in them, where dropout has
-/// kept a probability or has not.
+/// The same with dropout, and P becomes what it leaves of the probabilities. Those with a minus are
+/// dropped: a tile of factors beside these two would not fit the level-1 cache.
 template <class T>
-struct ScoreGradients {
+struct DroppedLogitGradients {
   LogitGradients<T> logits;
-  const T* slopes;
-  const T* kept;  // null without dropout
+  T* p;
+  T factor;
   SPARSE_ATTN_INLINE void operator()(int m, int n, Vec<T> sum) const {
     const int at = m * kMaxTile + n * kLanes<T>;
-    logits(m, n, kept ? sum * load(kept + at) : sum);
-    store(logits.ds + at, load(logits.ds + at) * load(slopes + at));
+    const Vec<T> marked = load(p + at), zero{};
+    const auto dropped = marked < zero;
+    const Vec<T> all = dropped ? -marked : marked;
+    store(logits.ds + at,
+          all * (((dropped ? zero : sum * factor) - load(logits.delta + n * kLanes<T>)) *
+                 logits.scale));
+    store(p + at, dropped ? zero : all * factor);
   }
 };
 
@@ -103,7 +108,7 @@ class PairGradients {
     const Operand<T, true> key{now_.key.data, now_.key.stride},
         value{now_.value.data, now_.value.stride};
     const T* query = rows_.query.columns();
-    if (modifiers_.exist()) {
+    if (modifiers_.shape()) {
       gemm(now_.count, rows_.vectors, rows_.query.size(), key, query, kMaxTile,
            SetTo<T>{probabilities_, kMaxTile});
       modifiers_.shape(probabilities_, slopes_, rows_.vectors, now_.words, rows_.lse);
@@ -115,15 +120,17 @@ class PairGradients {
            Probabilities<T>{probabilities_, rows_.lse});
     }
     const LogitGradients<T> logits{ds_, probabilities_, rows_.delta, static_cast<T>(p_.scale)};
-    if (modifiers_.exist()) {
-      const T* kept = modifiers_.draw();
+    const auto by_logits = [&](const auto& gradients) {
       gemm(now_.count, rows_.vectors, rows_.grad_output.size(), value, rows_.grad_output.columns(),
-           kMaxTile, ScoreGradients<T>{logits, slopes_, kept});
-      modifiers_.drop(probabilities_, kept, rows_.vectors);
+           kMaxTile, gradients);
+    };
+    if (modifiers_.drop()) {
+      by_logits(DroppedLogitGradients<T>{logits, probabilities_,
+                                         modifiers_.mark_dropped(probabilities_)});
     } else {
-      gemm(now_.count, rows_.vectors, rows_.grad_output.size(), value, rows_.grad_output.columns(),
-           kMaxTile, logits);
+      by_logits(logits);
     }
+    if (modifiers_.shape()) modifiers_.multiply(ds_, slopes_, rows_.vectors);
     gemm(rows_.query.size(), rows_.vectors, now_.count,
          Operand<T, false>{now_.key.data, now_.key.stride}, ds_, kMaxTile,
          AddTo<T>{grad_query, kMaxTile});

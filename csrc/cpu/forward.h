@@ -215,20 +215,18 @@ class Forward {
     KeyTile<T> keys;
     if (!scratch.keys.get(key_tile, mask, keys)) return;
     const Operand<T, true> key{keys.key.data, keys.key.stride};
-    const bool modified = scratch.modifiers.exist();
-    if (keys.words && !modified) {
+    TileModifiers<T>& modifiers = scratch.modifiers;
+    if (keys.words && !modifiers.shape()) {
       gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
            SetMasked<T>{scratch.logits, keys.words});
     } else {
       gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
            SetTo<T>{scratch.logits, kMaxTile});
     }
-    if (modified) {
-      scratch.modifiers.set_keys(scratch.keys.tile(key_tile), plan.token_list);
-      scratch.modifiers.shape(scratch.logits, vectors, keys.words);
-    }
+    if (modifiers.exist()) modifiers.set_keys(scratch.keys.tile(key_tile), plan.token_list);
+    if (modifiers.shape()) modifiers.shape(scratch.logits, vectors, keys.words);
     softmax_update(scratch.logits, keys.count, vectors, *state.softmax, scratch.rescale);
-    if (modified) scratch.modifiers.drop(scratch.logits, scratch.modifiers.draw(), vectors);
+    if (modifiers.drop()) modifiers.drop_from(scratch.logits);
     gemm(dv_, vectors, keys.count, Operand<T, false>{keys.value.data, keys.value.stride},
          scratch.logits, kMaxTile, Accumulate<T>{state.output, scratch.rescale});
   }

@@ -35,14 +35,18 @@ class HeadModifiers {
   }
 
   bool drops() const { return drops_; }
+  /// What a kept probability is multiplied by.
+  T factor() const { return factor_; }
 
   /// What a probability is multiplied by: 0 if it is dropped.
   T kept(int64_t head, int64_t query, int64_t key) const {
     return !drops_ ? T{1} : rule_.keeps(head, query, key) ? factor_ : T{0};
   }
 
-  /// The same for a tile of pairs. Rows lie side by side, for a loop that the compiler makes SIMD.
-  void load_kept(const PlaceOfPairs& place, T* kept) const {
+  /// Calls visit(at, factor) for each pair of a tile, with that factor. Rows lie side by side, for
+  /// a loop that the compiler makes SIMD.
+  template <class Visit>
+  SPARSE_ATTN_INLINE void for_each_kept(const PlaceOfPairs& place, const Visit& visit) const {
     constexpr int64_t kRun = sparse_attn::kDropoutKeys;
     uint32_t words[4][kMaxTile];
     int64_t run = -1;
@@ -53,7 +57,7 @@ class HeadModifiers {
       const uint32_t* word = words[in_run / 2];
       for (int r = 0; r < place.rows; ++r) {
         const bool keep = (word[r] >> (in_run % 2 * 16) & 0xffffu) >= rule_.threshold;
-        kept[k * kMaxTile + r] = keep ? factor_ : T{0};
+        visit(k * kMaxTile + r, keep);
       }
     }
   }
@@ -93,19 +97,20 @@ template <class T>
 class TileModifiers {
  public:
   explicit TileModifiers(Arena& arena)
-      : gate_(arena.take<T>(kMaxTile * kMaxTile)),
-        bias_(arena.take<T>(kMaxTile * kMaxTile)),
-        kept_(arena.take<T>(kMaxTile * kMaxTile)) {}
+      : gate_(arena.take<T>(kMaxTile * kMaxTile)), bias_(arena.take<T>(kMaxTile * kMaxTile)) {}
 
   void start(const AttentionParams& params, int64_t head) {
     exist_ = params.modifiers.any();
     if (!exist_) return;
     of_head_.start(params, head);
+    shape_ = of_head_.gate.exists() || of_head_.bias.exists() || of_head_.cap > T{0};
     place_.offset = params.n_k - params.n_q;
     place_.head = head;
   }
   bool exist() const { return exist_; }
-  bool drops() const { return of_head_.drops(); }
+  /// Whether they change scores, and whether they drop probabilities.
+  bool shape() const { return exist_ && shape_; }
+  bool drop() const { return exist_ && of_head_.drops(); }
 
   void set_rows(const Tile& tile, const int64_t* list) {
     if (exist_) place_.set_rows(tile, list);
@@ -138,26 +143,33 @@ class TileModifiers {
     });
   }
 
-  /// Which probabilities are kept, as factors; null without dropout.
-  const T* draw() {
-    if (!drops()) return nullptr;
-    of_head_.load_kept(place_, kept_);
-    return kept_;
-  }
-  void drop(T* probabilities, const T* kept, int vectors) {
-    if (!kept) return;
+  /// Gradients of the logits -> of the scores, by the slopes that `shape` gave.
+  void multiply(T* gradients, const T* slopes, int vectors) const {
     for_each_vector<T>(place_.keys, vectors, [&](int at, int, int) {
-      store(probabilities + at, load(probabilities + at) * load(kept + at));
+      store(gradients + at, load(gradients + at) * load(slopes + at));
     });
   }
 
+  void drop_from(T* probabilities) const {
+    const T factor = of_head_.factor();
+    of_head_.for_each_kept(place_, [=](int at, bool keep) {
+      probabilities[at] = keep ? probabilities[at] * factor : T{0};
+    });
+  }
+  /// Gives those to drop a minus, and what the others are to be multiplied by.
+  T mark_dropped(T* probabilities) const {
+    of_head_.for_each_kept(place_, [=](int at, bool keep) {
+      probabilities[at] = keep ? probabilities[at] : -probabilities[at];
+    });
+    return of_head_.factor();
+  }
+
  private:
-  bool exist_ = false;
+  bool exist_ = false, shape_ = false;
   HeadModifiers<T> of_head_;
   PlaceOfPairs place_{};
   T* gate_;
   T* bias_;
-  T* kept_;  // factors, [key][query]
 };
 
 }  // namespace

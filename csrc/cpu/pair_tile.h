@@ -114,7 +114,8 @@ class PairTile {
       bias_dot = bias_table_dot_.load(place_, T{0}, bias_dot_);
     }
     if (of_head_.drops()) {
-      of_head_.load_kept(place_, kept_);
+      of_head_.for_each_kept(
+          place_, [this](int at, bool keep) { kept_[at] = keep ? of_head_.factor() : T{0}; });
       kept = kept_;
     }
     for_each_vector<T>(now_.count, rows_.vectors, [&](int at, int k, int v) {
