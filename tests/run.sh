@@ -87,5 +87,11 @@ some='test_cuda or tensor_patterns or index_attention or head_dims or global_mas
 SPARSE_ATTN_LIBRARY=$PWD/build/emulated/libsparse_attn.so "$python" -m pytest -q -k "$some" tests/test_cuda.py \
   tests/test_tensor_patterns.py tests/test_index_attention.py tests/test_attention.py
 
+say "Hugging Face's models of transformers 4"
+older=build/transformers4
+[ -d "$older/transformers" ] ||
+  "$python" -m pip install --quiet --no-deps --target "$older" -r requirements/transformers4.txt
+PYTHONPATH=$older "$python" -m pytest -q tests/test_huggingface_*.py
+
 say "Python tests"
 exec "$python" -m pytest "$@"
