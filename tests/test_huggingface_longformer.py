@@ -341,6 +341,36 @@ def test_modes_and_a_second_call():
     assert [layer.attention.self for layer in model.encoder.layer] == layers
 
 
+def test_the_objects_stay():
+    model = longformer()
+    attention = model.encoder.layer[0].attention.self
+    calls = []
+    attention.register_forward_hook(lambda *_: calls.append(1))
+    original = type(attention)
+    replace_attention(model)
+    assert model.encoder.layer[0].attention.self is attention
+    assert isinstance(attention, original)
+    assert type(attention) is not original
+    model(input_ids=token_ids(1, 8))
+    assert calls == [1]
+
+
+def test_an_attention_module_alone():
+    layer = longformer().encoder.layer[0].attention.self
+    assert replace_attention(layer) is layer
+    assert layer(cases.normal(1, 13, 32, dtype=torch.float32))[0].shape == (1, 13, 32)
+
+
+def test_subclasses_are_left_alone():
+    class Changed(transformers.models.longformer.modeling_longformer.LongformerSelfAttention):
+        pass
+
+    model = longformer()
+    model.encoder.layer[0].attention.self.__class__ = Changed
+    replace_attention(model)
+    assert type(model.encoder.layer[0].attention.self) is Changed
+
+
 def test_part_of_a_model():
     holder = nn.ModuleDict({"text": longformer(), "head": nn.Linear(32, 2)})
     replace_attention(holder)
@@ -348,7 +378,7 @@ def test_part_of_a_model():
 
 
 def test_nothing_to_replace():
-    with pytest.raises(ValueError, match=r"LongformerSelfAttention.*got Linear"):
+    with pytest.raises(ValueError, match=r"attention of Longformer.*got Linear"):
         replace_attention(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model to be an nn\.Module, got str"):
         replace_attention("allenai/longformer-base-4096")

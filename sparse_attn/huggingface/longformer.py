@@ -1,37 +1,29 @@
-"""The attention of transformers' Longformer and of LED's encoder."""
+"""Longformer and the encoder of LED of transformers, with the sparse attention of this library.
+
+This module imports transformers; `replace_attention` imports it for models that need it.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.models.led.modeling_led import LEDEncoderSelfAttention as OriginalOfLED
+from transformers.models.longformer.modeling_longformer import (
+    LongformerSelfAttention as OriginalOfLongformer,
+)
 
 from sparse_attn.nn import longformer
+from sparse_attn.patterns import GlobalQueries, Window
 
 
-class LongformerSelfAttention(longformer.LongformerSelfAttention):
-    """Takes the place of a `LongformerSelfAttention` or `LEDEncoderSelfAttention`: the same calls,
-    parameters, numbers and layouts, without padding to a multiple of the window.
+class _SelfAttention(longformer.LongformerSelfAttention):
+    """The same calls, numbers and layouts, at any length."""
 
-    `replace_attention` makes it; Beltagy et al. 2020, section 3.
+    global_pattern = GlobalQueries([])
 
-    Args:
-        original: The module whose parameters it takes.
-    """
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(
-            original.embed_dim,
-            original.num_heads,
-            2 * original.one_sided_attn_window_size,
-            dropout=original.dropout,
-            device="meta",  # as the original's projections take their place
-        )
-        for name, projection in original.named_children():
-            setattr(self, name, projection)
-        self.head_dim = original.head_dim
-        self.layer_id = original.layer_id
-        self.one_sided_attn_window_size = original.one_sided_attn_window_size
-        self.config = original.config
+    @property
+    def pattern(self) -> Window:
+        return Window(self.one_sided_attn_window_size)
 
     def forward(
         self,
@@ -92,6 +84,21 @@ class LongformerSelfAttention(longformer.LongformerSelfAttention):
         factors = mask[:, None], mask[:, None, None]
         pairs = zip(attentions, factors, strict=False)
         return output, [part if part is None else part * factor for part, factor in pairs]
+
+
+class LongformerSelfAttention(_SelfAttention, OriginalOfLongformer):
+    """In the place of the class of this name."""
+
+
+class LEDEncoderSelfAttention(_SelfAttention, OriginalOfLED):
+    """In the place of the class of this name."""
+
+
+#: What `replace_attention` makes of each class.
+REPLACEMENTS = {
+    OriginalOfLongformer: LongformerSelfAttention,
+    OriginalOfLED: LEDEncoderSelfAttention,
+}
 
 
 def _with_missing(

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from torch import nn
 
-from sparse_attn.huggingface.longformer import LongformerSelfAttention
-
-#: For each class of transformers the one whose module, made from the old one, takes its place.
-_ADAPTERS: dict[str, type[nn.Module]] = {
-    "transformers.models.led.modeling_led.LEDEncoderSelfAttention": LongformerSelfAttention,
-    "transformers.models.longformer.modeling_longformer.LongformerSelfAttention": (
-        LongformerSelfAttention
-    ),
+#: Files of transformers, and the module here that knows their classes.
+_FILES = {
+    "transformers.models.led.modeling_led": "longformer",
+    "transformers.models.longformer.modeling_longformer": "longformer",
 }
 
 
 def replace_attention(model: nn.Module) -> nn.Module:
     """Swap the attention of a Hugging Face Longformer, LED or BigBird model in place.
 
-    The new modules hold the same parameters under the same names, so optimizers, `state_dict`,
-    `save_pretrained` and `from_pretrained` go on as before, and return what the old ones return.
-    The numbers are those of the model; time and memory are not. A second call changes nothing.
+    Modules stay the objects that they are, with their parameters, hooks and modes; they become
+    instances of subclasses that compute otherwise. So optimizers, `state_dict`, `save_pretrained`
+    and `from_pretrained` go on as before, numbers and layouts are those of the model, and time and
+    memory are not. A second call changes nothing. Subclasses of transformers' attention are left
+    alone, as what they change would be lost.
 
     Args:
-        model: A model of transformers (4.57 or 5.x), with or without a head, or any module that
-            holds one.
+        model: A model of transformers (4.57 or 5.x), with or without a head, or any module that is
+            or holds its attention.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: model is no module.
-        ValueError: model holds no attention that can be swapped.
+        ValueError: model holds no such attention.
 
     >>> from transformers import LongformerConfig, LongformerModel
     >>> config = LongformerConfig(
@@ -43,19 +43,17 @@ def replace_attention(model: nn.Module) -> nn.Module:
         raise TypeError(
             f"sparse_attn: expected model to be an nn.Module, got {type(model).__name__}"
         )
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            adapter = _ADAPTERS.get(_name_of(child))
-            if adapter is not None:
-                setattr(parent, name, adapter(child).train(child.training))
-    if not any(isinstance(module, tuple(_ADAPTERS.values())) for module in model.modules()):
+    for module in model.modules():
+        # Of the class itself: what a subclass changes would be lost.
+        module.__class__ = _replacements(type(module)).get(type(module), type(module))
+    if not any(type(module).__module__.startswith(__package__) for module in model.modules()):
         raise ValueError(
-            "sparse_attn: expected a model that holds one of transformers' "
-            f"{', '.join(key.rsplit('.', 1)[1] for key in _ADAPTERS)}, got {type(model).__name__}"
+            "sparse_attn: expected a model of transformers with the attention of Longformer, LED "
+            f"or BigBird, got {type(model).__name__}"
         )
     return model
 
 
-def _name_of(module: nn.Module) -> str:
-    """A subclass has another: what it changes would be lost."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def _replacements(original: type[nn.Module]) -> dict[type[nn.Module], type[nn.Module]]:
+    file = _FILES.get(original.__module__)
+    return {} if file is None else import_module(f"{__package__}.{file}").REPLACEMENTS
