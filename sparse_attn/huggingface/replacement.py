@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
-#: For each class of transformers the one whose module, made from the old one, takes its place.
-_ADAPTERS: dict[str, type[nn.Module]] = {}
+
+def _adapt_bigbird(module: nn.Module) -> nn.Module:
+    from sparse_attn.huggingface.bigbird import swap
+
+    return swap(module)
+
+
+_BIGBIRD = "transformers.models.big_bird.modeling_big_bird"
+_PEGASUS = "transformers.models.bigbird_pegasus.modeling_bigbird_pegasus"
+
+#: For each class of transformers what makes, from the old module, the one that takes its place.
+_ADAPTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    f"{_BIGBIRD}.BigBirdAttention": _adapt_bigbird,
+    f"{_BIGBIRD}.BigBirdBlockSparseAttention": _adapt_bigbird,
+    f"{_PEGASUS}.BigBirdPegasusBlockSparseAttention": _adapt_bigbird,
+    f"{_PEGASUS}.BigBirdPegasusEncoderAttention": _adapt_bigbird,
+}
 
 
 def replace_attention(model: nn.Module) -> nn.Module:
@@ -40,8 +57,10 @@ def replace_attention(model: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             adapter = _ADAPTERS.get(_name_of(child))
             if adapter is not None:
-                setattr(parent, name, adapter(child).train(child.training))
-    if not any(isinstance(module, tuple(_ADAPTERS.values())) for module in model.modules()):
+                new = adapter(child)
+                if new is not child:
+                    setattr(parent, name, new.train(child.training))
+    if not any(type(module).__module__.startswith(__package__) for module in model.modules()):
         raise ValueError(
             "sparse_attn: expected a model that holds one of transformers' "
             f"{', '.join(key.rsplit('.', 1)[1] for key in _ADAPTERS)}, got {type(model).__name__}"
