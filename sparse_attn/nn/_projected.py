@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
+from sparse_attn.nn._checks import check_dropout, check_heads
 
 
 class ProjectedAttention(nn.Module):
@@ -34,8 +34,6 @@ class ProjectedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
     ) -> Tensor:
         """(batch, n_q, embed_dim), from what is not projected yet."""
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            check_sequence(name, x, self.embed_dim)
         heads = self._heads(
             self._split(self.query(query)),
             self._split(self.key(key)),

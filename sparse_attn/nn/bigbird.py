@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.functional import attention
+from sparse_attn.nn._checks import check_sequence
 from sparse_attn.nn._hugging_face_blocks import HuggingFaceBlocks
 from sparse_attn.nn._projected import ProjectedAttention
 from sparse_attn.patterns import BigBird, Causal, PerHead
@@ -120,6 +121,7 @@ class BigBirdSelfAttention(ProjectedAttention):
             ValueError: A shape does not fit; with `compat="huggingface"`, the length is no multiple
                 of the block, or too short to draw from.
         """
+        check_sequence("x", x, self.embed_dim)
         return self._attend(x, x, x, key_padding_mask)
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.functional import attention
+from sparse_attn.nn._checks import check_sequence
 from sparse_attn.nn._projected import ProjectedAttention
 from sparse_attn.patterns import Causal, Pattern, check_pattern
 
@@ -85,6 +86,8 @@ class SparseSelfAttention(ProjectedAttention):
                 "sparse_attn: expected key and value together or neither of them, got only "
                 f"{'value' if key is None else 'key'}; give key_padding_mask by name"
             )
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_sequence(name, x, self.embed_dim)
         return self._attend(query, key, value, key_padding_mask)
 
     def extra_repr(self) -> str:
