@@ -309,6 +309,12 @@ def test_wrong_arguments(options, error, words):
         make(**options)
 
 
+@pytest.mark.parametrize(("heads", "error"), [(0, ValueError), (3, ValueError), (2.5, TypeError)])
+def test_wrong_heads(heads, error):
+    with pytest.raises(error, match=r"sparse_attn: expected .*num_heads"):
+        BigBirdSelfAttention(EMBED, heads, block=BLOCK)
+
+
 @pytest.mark.parametrize("n", [0, 12, 65])
 def test_compat_wants_whole_blocks(n):
     with pytest.raises(ValueError, match="sparse_attn: expected a length that is a multiple"):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.functional import attention
-from sparse_attn.nn._checks import check_sequence
+from sparse_attn.nn._checks import check_heads, check_sequence
 from sparse_attn.nn._hugging_face_blocks import HuggingFaceBlocks
-from sparse_attn.nn._projected import ProjectedAttention
-from sparse_attn.patterns import BigBird, Causal, PerHead
+from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
+from sparse_attn.patterns import BigBird, PerHead
 from sparse_attn.patterns.arguments import index
 
 
-class BigBirdSelfAttention(ProjectedAttention):
+class BigBirdSelfAttention(SparseSelfAttention):
     """Multi-head attention of blocks of tokens to the blocks around them, to random ones, and to
     the first and last ones, which see everything, with projections of query, key, value and output.
 
@@ -81,22 +80,32 @@ class BigBirdSelfAttention(ProjectedAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, bias, device, dtype)
-        if compat not in (None, "huggingface"):
+        check_heads(embed_dim, num_heads)
+        whole = BigBird(block, random_blocks, window_blocks, global_blocks, seed)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            pattern=PerHead([_of_head(whole, head, num_heads) for head in range(num_heads)]),
+            dropout=dropout,
+            bias=bias,
+            causal=causal,
+            device=device,
+            dtype=dtype,
+        )
+        self.compat = compat
+        if compat is None:
+            return
+        if compat != "huggingface":
             raise ValueError(
                 f'sparse_attn: expected compat to be None or "huggingface", got {compat!r}'
             )
-        whole = BigBird(block, random_blocks, window_blocks, global_blocks, seed)
-        self.compat = compat
-        if compat is None:
-            self.pattern = _for_each_head(whole, num_heads, causal)
-            return
         fixed = (("window_blocks", window_blocks, 3), ("global_blocks", global_blocks, 1))
         for name, given, theirs in (*fixed, ("dropout", dropout, 0), ("causal", causal, False)):
             if given != theirs:
                 raise ValueError(
                     f'sparse_attn: expected {name}={theirs} with compat="huggingface", got {given}'
                 )
+        self.pattern = None
         self.blocks = HuggingFaceBlocks(
             whole.block,
             whole.random_blocks,
@@ -122,38 +131,21 @@ class BigBirdSelfAttention(ProjectedAttention):
                 of the block, or too short to draw from.
         """
         check_sequence("x", x, self.embed_dim)
-        return self._attend(x, x, x, key_padding_mask)
+        if self.compat is None:
+            return super().forward(x, key_padding_mask=key_padding_mask)
+        projections = (self.query, self.key, self.value)
+        query, key, value = (self._split(projection(x)) for projection in projections)
+        heads = self.blocks.attend(query, key, value, key_padding_mask, self.training)
+        if key_padding_mask is not None:
+            heads = heads.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+        return self.output(heads.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
         """The pattern, in `print(module)`."""
         what = self.pattern if self.compat is None else self.blocks
         return f"{self.embed_dim}, {self.num_heads}, {what}"
 
-    def _heads(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
-    ) -> Tensor:
-        if self.compat is not None:
-            heads = self.blocks.attend(query, key, value, key_padding_mask, self.training)
-            if key_padding_mask is None:
-                return heads
-            return heads.masked_fill(key_padding_mask[:, None, :, None], 0.0)
-        return attention(
-            query,
-            key,
-            value,
-            self.pattern,
-            key_padding_mask=key_padding_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
 
-
-def _for_each_head(whole: BigBird, num_heads: int, causal: bool) -> PerHead:
-    def seeded(head: int) -> BigBird:
-        # Seeds have 64 bits, signed.
-        seed = (whole.seed * num_heads + head + 2**63) % 2**64 - 2**63
-        return BigBird(
-            whole.block, whole.random_blocks, whole.window_blocks, whole.global_blocks, seed
-        )
-
-    heads = [seeded(head) for head in range(num_heads)]
-    return PerHead([head & Causal() for head in heads] if causal else heads)
+def _of_head(whole: BigBird, head: int, num_heads: int) -> BigBird:
+    seed = (whole.seed * num_heads + head + 2**63) % 2**64 - 2**63  # seeds have 64 bits, signed
+    return BigBird(whole.block, whole.random_blocks, whole.window_blocks, whole.global_blocks, seed)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_attn.functional import attention
-from sparse_attn.nn._checks import check_sequence
-from sparse_attn.nn._projected import ProjectedAttention
+from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
 from sparse_attn.patterns import Causal, Pattern, check_pattern
 
 
-class SparseSelfAttention(ProjectedAttention):
+class SparseSelfAttention(nn.Module):
     """Multi-head attention over the pairs that a pattern allows, with projections of query, key,
     value and output.
 
@@ -51,9 +50,17 @@ class SparseSelfAttention(ProjectedAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, bias, device, dtype)
+        super().__init__()
+        check_heads(embed_dim, num_heads)
+        check_dropout(dropout)
         check_pattern(pattern)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
         self.pattern = pattern & Causal() if causal and not pattern.causal else pattern
+        for name in ("query", "key", "value", "output"):
+            projection = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+            self.add_module(name, projection)
 
     def forward(
         self,
@@ -88,20 +95,20 @@ class SparseSelfAttention(ProjectedAttention):
             )
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_sequence(name, x, self.embed_dim)
-        return self._attend(query, key, value, key_padding_mask)
+        heads = attention(
+            self._split(self.query(query)),
+            self._split(self.key(key)),
+            self._split(self.value(value)),
+            self.pattern,
+            key_padding_mask=key_padding_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.output(heads.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
         """The pattern, in `print(module)`."""
         return f"{self.embed_dim}, {self.num_heads}, pattern={self.pattern}"
 
-    def _heads(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
-    ) -> Tensor:
-        return attention(
-            query,
-            key,
-            value,
-            self.pattern,
-            key_padding_mask=key_padding_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+    def _split(self, x: Tensor) -> Tensor:
+        """(batch, length, embed_dim) to (batch, heads, length, head_dim)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
