@@ -14,6 +14,7 @@ from sparse_attn.functional import attention
 from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, plan_info
 from sparse_attn.merging import merge
 from sparse_attn.nn import (
+    BigBirdSelfAttention,
     ETCSelfAttention,
     LongformerEncoder,
     LongformerLayer,
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BigBird",
+    "BigBirdSelfAttention",
     "BlockBias",
     "BlockLayout",
     "Causal",

@@ -8,6 +8,8 @@ from torch import nn
 
 #: Files of transformers, and the module here that knows their classes.
 _FILES = {
+    "transformers.models.big_bird.modeling_big_bird": "bigbird",
+    "transformers.models.bigbird_pegasus.modeling_bigbird_pegasus": "bigbird",
     "transformers.models.led.modeling_led": "longformer",
     "transformers.models.longformer.modeling_longformer": "longformer",
 }
@@ -44,8 +46,7 @@ def replace_attention(model: nn.Module) -> nn.Module:
             f"sparse_attn: expected model to be an nn.Module, got {type(model).__name__}"
         )
     for module in model.modules():
-        # Of the class itself: what a subclass changes would be lost.
-        module.__class__ = _replacements(type(module)).get(type(module), type(module))
+        replace_class(module)
     if not any(type(module).__module__.startswith(__package__) for module in model.modules()):
         raise ValueError(
             "sparse_attn: expected a model of transformers with the attention of Longformer, LED "
@@ -54,6 +55,9 @@ def replace_attention(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replacements(original: type[nn.Module]) -> dict[type[nn.Module], type[nn.Module]]:
-    file = _FILES.get(original.__module__)
-    return {} if file is None else import_module(f"{__package__}.{file}").REPLACEMENTS
+def replace_class(module: nn.Module) -> None:
+    """Give a module the class that takes the place of its own, if there is one."""
+    original = type(module)
+    if original.__module__ in _FILES:
+        here = import_module(f"{__package__}.{_FILES[original.__module__]}")
+        module.__class__ = here.REPLACEMENTS.get(original, original)
