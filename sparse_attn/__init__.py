@@ -16,9 +16,11 @@ from sparse_attn.merging import merge
 from sparse_attn.nn import (
     ETCSelfAttention,
     LongformerSelfAttention,
+    MultiheadAttention,
     RelativePositionGenerator,
     SparseSelfAttention,
     SparseTransformerBlock,
+    replace_multihead_attention,
 )
 from sparse_attn.patterns import (
     BigBird,
@@ -71,6 +73,7 @@ __all__ = [
     "LocalBlocks",
     "LongformerSelfAttention",
     "Mask",
+    "MultiheadAttention",
     "Pattern",
     "PerHead",
     "Radial",
@@ -95,4 +98,5 @@ __all__ = [
     "merge",
     "nn",
     "plan_info",
+    "replace_multihead_attention",
 ]

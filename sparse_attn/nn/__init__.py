@@ -2,13 +2,17 @@
 
 from sparse_attn.nn.etc import ETCSelfAttention, RelativePositionGenerator
 from sparse_attn.nn.longformer import LongformerSelfAttention
+from sparse_attn.nn.multihead import MultiheadAttention
+from sparse_attn.nn.replacement import replace_multihead_attention
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.nn.sparse_transformer import SparseTransformerBlock
 
 __all__ = [
     "ETCSelfAttention",
     "LongformerSelfAttention",
+    "MultiheadAttention",
     "RelativePositionGenerator",
     "SparseSelfAttention",
     "SparseTransformerBlock",
+    "replace_multihead_attention",
 ]
