@@ -64,31 +64,27 @@ def dense_attention(
 
 def _allowed(pattern: Pattern, logits: Tensor) -> Tensor:
     """The pattern's mask, (batch or 1, heads or 1, n_q, n_k)."""
-    _, heads, n_q, n_k = logits.shape
-    heads = heads if pattern.heads > 1 else 1
-    return _dense_mask(logits, pattern.encode(), pattern.tensors(n_q, n_k), heads)
+    batch, heads, n_q, n_k = logits.shape
+    tensors = pattern.tensors(n_q, n_k)
+    # Only patterns with tensors can tell examples apart.
+    sizes = [batch if tensors else 1, heads if pattern.heads > 1 else 1, n_q, n_k]
+    return _dense_mask(pattern.encode(), tensors, sizes, logits.device)
 
 
 # An op, as a compiler cannot see into the one behind `Pattern.mask`.
 @torch.library.custom_op(
     "sparse_attn::_dense_mask",
     mutates_args=(),
-    schema="(Tensor logits, int[] pattern, Tensor[] tensors, int heads) -> Tensor",
+    schema="(int[] pattern, Tensor[] tensors, SymInt[] sizes, Device device) -> Tensor",
 )
 def _dense_mask(
-    logits: Tensor, pattern: Sequence[int], tensors: Sequence[Tensor], heads: int
+    pattern: Sequence[int], tensors: Sequence[Tensor], sizes: Sequence[int], device: torch.device
 ) -> Tensor:
-    shape = _mask_shape(logits, tensors, heads)
-    mask = ops._pattern_mask(pattern, tensors, *shape[2:], heads)
-    return mask.to(logits.device).expand(shape).contiguous()
+    _, heads, n_q, n_k = sizes
+    mask = ops._pattern_mask(pattern, tensors, n_q, n_k, heads)
+    return mask.to(device).expand(sizes).contiguous()
 
 
 @_dense_mask.register_fake
-def _(logits, pattern, tensors, heads):
-    return logits.new_empty(_mask_shape(logits, tensors, heads), dtype=torch.bool)
-
-
-def _mask_shape(logits: Tensor, tensors: Sequence[Tensor], heads: int) -> tuple[int, ...]:
-    """Only patterns with tensors can tell examples apart."""
-    batch, _, n_q, n_k = logits.shape
-    return (batch if tensors else 1, heads, n_q, n_k)
+def _(pattern, tensors, sizes, device):
+    return torch.empty(sizes, dtype=torch.bool, device=device)

@@ -7,7 +7,6 @@ import warnings
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,7 +59,12 @@ def read_masks(
         excluded, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
     if key_padding_mask is not None:
         padding = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask[None]
-        F._check_key_padding_mask(padding, n_k, batch)
+        for at, size in enumerate((batch, n_k)):
+            if padding.shape[at] != size:
+                raise AssertionError(
+                    f"sparse_attn: Expected key_padded_mask.shape[{at}] to be {size}, but got "
+                    f"{padding.shape[at]}"
+                )
         if padding.dtype != torch.bool:
             padding, added = padding == -math.inf, padding
             # Without memory: every query has the same row.
