@@ -268,6 +268,23 @@ def test_a_float32_mask_in_half_precision(need_weights):
     assert_equal_to_torch(theirs, ours, inputs(theirs, dtype=torch.bfloat16), call, their_call)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masks_of_the_least_number(dtype, need_weights):
+    """Added to a logit in float16 it may become −inf: a row of them must not give NaN."""
+    _, ours = pair(dtype=dtype, batch_first=True)
+    x = inputs(ours, dtype=dtype)[0] * 4
+    for mask_dtype in (dtype, torch.float32):
+        mask = torch.zeros(13, 13, dtype=mask_dtype, device=DEVICE)
+        mask[3] = torch.finfo(mask_dtype).min
+        mask[5, 1:] = torch.finfo(mask_dtype).min
+        output, weights = ours(x, x, x, attn_mask=mask, need_weights=need_weights)
+        assert output.isfinite().all()
+        if need_weights:
+            torch.testing.assert_close(weights[:, 5, 0], torch.ones_like(weights[:, 5, 0]))
+            assert (weights.sum(-1) - 1).abs().max() < 13 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("sizes", [(0, 5, 5), (2, 1, 1), (2, 1, 6), (2, 0, 4)])
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_small_sizes(sizes, need_weights):
@@ -715,6 +732,16 @@ def test_copies_keep_the_pattern():
         assert twin.pattern == ours.pattern
         assert torch.equal(twin(*tensors)[0], ours(*tensors)[0])
     assert "pattern=Window(3) | Global([0])" in repr(ours)
+
+
+def test_opcheck_of_the_dense_mask():
+    sizes = (3, HEADS, 13, 13)
+    layout = BlockLayout(cases.bits(3, 1, 4, 4), 4)
+    for pattern in (Window(2), layout):
+        tensors = list(pattern.tensors(13, 13))
+        torch.library.opcheck(
+            torch.ops.sparse_attn._dense_mask, (list(pattern.encode()), tensors, *sizes)
+        )
 
 
 def test_parametrized_weights():

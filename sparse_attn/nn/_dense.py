@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -41,50 +42,73 @@ def dense_attention(
     if masks.padding is not None:
         padded = masks.padding[:, None, :, None]
         key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
-    query = query * (1 / math.sqrt(query.shape[-1]))
-    logits = query @ key.mT
-    if masks.bias is not None:
-        logits = logits + masks.bias.to(logits.dtype)
-    if masks.padding is not None:
-        logits = logits.masked_fill(masks.padding[:, None, None], -math.inf)
-    if masks.excluded is not None:
-        logits = logits.masked_fill(masks.excluded, -math.inf)
-    if pattern is not None:
-        logits = logits.masked_fill(~_allowed(pattern, logits), -math.inf)
+    bias = _all_as_bias(pattern, masks, query, key)
     if extra is not None:
-        extra_key, extra_value = extra
-        logits = torch.cat((logits, query @ extra_key.mT), -1)
-        value = torch.cat((value, extra_value), -2)
-    empty = (logits == -math.inf).all(-1, keepdim=True)
-    weights = F.softmax(logits.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+        key, value = torch.cat((key, extra[0]), 2), torch.cat((value, extra[1]), 2)
+        bias = None if bias is None else F.pad(bias, (0, extra[0].shape[2]))
+    logits = (query * (1 / math.sqrt(query.shape[-1]))) @ key.mT
+    if bias is None:
+        weights = F.softmax(logits, -1)
+    else:
+        empty = (bias == -math.inf).all(-1, keepdim=True)
+        # Wide, as the least number of a half type, a common mask, would become −inf.
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = logits.to(wide) + bias.masked_fill(empty, 0).to(wide)
+        weights = F.softmax(total, -1).masked_fill(empty, 0)
+        weights = weights.to(F.softmax(logits.new_zeros(0), 0).dtype)  # autocast may widen it
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     return weights @ value, weights
 
 
-def _allowed(pattern: Pattern, logits: Tensor) -> Tensor:
+def _all_as_bias(
+    pattern: Pattern | None, masks: Masks, query: Tensor, key: Tensor
+) -> Tensor | None:
+    """Pattern and masks as numbers to add, −inf where they exclude a pair, or None."""
+    excluded = []
+    if masks.padding is not None:
+        excluded.append(masks.padding[:, None, None])
+    if masks.excluded is not None:
+        excluded.append(masks.excluded)
+    if pattern is not None:
+        excluded.append(~_allowed(pattern, query, key))
+    if not excluded:
+        return masks.bias
+    anywhere = functools.reduce(torch.logical_or, excluded)
+    bias = query.new_zeros(()) if masks.bias is None else masks.bias
+    return torch.where(anywhere, -math.inf, bias)
+
+
+def _allowed(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
     """The pattern's mask, (batch or 1, heads or 1, n_q, n_k)."""
-    batch, heads, n_q, n_k = logits.shape
+    batch, heads, n_q, _ = query.shape
+    n_k = key.shape[2]
     tensors = pattern.tensors(n_q, n_k)
     # Only patterns with tensors can tell examples apart.
-    sizes = [batch if tensors else 1, heads if pattern.heads > 1 else 1, n_q, n_k]
-    return _dense_mask(pattern.encode(), tensors, sizes, logits.device)
+    sizes = (batch if tensors else 1, heads if pattern.heads > 1 else 1, n_q, n_k)
+    return _dense_mask(pattern.encode(), tensors, *sizes).to(query.device)
 
 
 # An op, as a compiler cannot see into the one behind `Pattern.mask`.
 @torch.library.custom_op(
     "sparse_attn::_dense_mask",
     mutates_args=(),
-    schema="(int[] pattern, Tensor[] tensors, SymInt[] sizes, Device device) -> Tensor",
+    schema="(int[] pattern, Tensor[] tensors, SymInt batch, SymInt heads, SymInt n_q, SymInt n_k) "
+    "-> Tensor",
 )
 def _dense_mask(
-    pattern: Sequence[int], tensors: Sequence[Tensor], sizes: Sequence[int], device: torch.device
+    pattern: Sequence[int],
+    tensors: Sequence[Tensor],
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_k: int,
 ) -> Tensor:
-    _, heads, n_q, n_k = sizes
+    """The mask on the CPU."""
     mask = ops._pattern_mask(pattern, tensors, n_q, n_k, heads)
-    return mask.to(device).expand(sizes).contiguous()
+    return mask.expand(batch, heads, n_q, n_k).contiguous()
 
 
 @_dense_mask.register_fake
-def _(pattern, tensors, sizes, device):
-    return torch.empty(sizes, dtype=torch.bool, device=device)
+def _(pattern, tensors, batch, heads, n_q, n_k):
+    return torch.empty(batch, heads, n_q, n_k, dtype=torch.bool)

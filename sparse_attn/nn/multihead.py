@@ -282,13 +282,7 @@ def _fused_attention(
         pattern = pattern & Mask(~masks.excluded)
     options = {"dropout_p": dropout_p, "return_lse": True}
     output, lse = attention(
-        query,
-        key,
-        value,
-        pattern,
-        key_padding_mask=masks.padding,
-        bias=masks.bias,
-        **options,
+        query, key, value, pattern, key_padding_mask=masks.padding, bias=masks.bias, **options
     )
     if added is not None:
         output, _ = merge(output, lse, *attention(query, *added, Full(), **options))
@@ -296,6 +290,6 @@ def _fused_attention(
 
 
 def _keep_off_fast_path(module: nn.Module, args: Any) -> None:
-    """Does nothing: nn.TransformerEncoderLayer calls modules that have hooks, where it would else
-    compute on their parameters itself.
+    """A hook that does nothing: nn.TransformerEncoderLayer calls modules that have one, and would
+    else compute on their parameters itself.
     """
