@@ -19,9 +19,11 @@ from sparse_attn.nn import (
     LongformerEncoder,
     LongformerLayer,
     LongformerSelfAttention,
+    MultiheadAttention,
     RelativePositionGenerator,
     SparseSelfAttention,
     SparseTransformerBlock,
+    replace_multihead_attention,
 )
 from sparse_attn.patterns import (
     BigBird,
@@ -77,6 +79,7 @@ __all__ = [
     "LongformerLayer",
     "LongformerSelfAttention",
     "Mask",
+    "MultiheadAttention",
     "Pattern",
     "PerHead",
     "Radial",
@@ -101,4 +104,5 @@ __all__ = [
     "merge",
     "nn",
     "plan_info",
+    "replace_multihead_attention",
 ]

@@ -4,6 +4,8 @@ from sparse_attn.nn.bigbird import BigBirdSelfAttention
 from sparse_attn.nn.etc import ETCSelfAttention, RelativePositionGenerator
 from sparse_attn.nn.longformer import LongformerSelfAttention
 from sparse_attn.nn.longformer_layers import LongformerEncoder, LongformerLayer
+from sparse_attn.nn.multihead import MultiheadAttention
+from sparse_attn.nn.replacement import replace_multihead_attention
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.nn.sparse_transformer import SparseTransformerBlock
 
@@ -13,7 +15,9 @@ __all__ = [
     "LongformerEncoder",
     "LongformerLayer",
     "LongformerSelfAttention",
+    "MultiheadAttention",
     "RelativePositionGenerator",
     "SparseSelfAttention",
     "SparseTransformerBlock",
+    "replace_multihead_attention",
 ]
