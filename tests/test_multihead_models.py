@@ -338,6 +338,17 @@ def test_replacement_of_a_module_itself_and_of_a_shared_one():
     assert type(shared["a"]) is MultiheadAttention
 
 
+def test_replacement_leaves_the_old_module_its_own_members():
+    theirs = nn.MultiheadAttention(EMBED, HEADS, device=DEVICE)
+    ours = replace_multihead_attention(theirs, PATTERN)
+    ours.in_proj_bias = None
+    ours.out_proj = nn.Identity()
+    x = stream().transpose(0, 1)
+    assert theirs(x, x, x)[0].shape == ours(x, x, x)[0].shape
+    assert theirs.in_proj_bias is not None
+    assert type(theirs.out_proj) is not nn.Identity
+
+
 def test_replacement_again_takes_the_new_pattern():
     model = patched(PATTERN)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
