@@ -138,13 +138,13 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
-class ByteModel(nn.Module):
-    """Bytes (B, N) to the logits (B, N, 256) of the byte after each."""
+class Stack(nn.Module):
+    """What causal models of sequences share: an embedding, blocks, a norm, and rotary positions."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, embedding: nn.Module):
         super().__init__()
         self.config = config
-        self.embedding = NgramEmbedding(config)
+        self.embedding = embedding
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.apply(self._initialize)
@@ -162,6 +162,13 @@ class ByteModel(nn.Module):
         frequency = 10000.0 ** -(torch.arange(half, device=device) / half)
         angles = torch.outer(torch.arange(start, stop, device=device), frequency)
         return torch.polar(torch.ones_like(angles), angles)[:, None, None]
+
+
+class ByteModel(Stack):
+    """Bytes (B, N) to the logits (B, N, 256) of the byte after each."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, NgramEmbedding(config))
 
     def forward(self, tokens: torch.Tensor, memory: "Memory | None" = None) -> torch.Tensor:
         """The bytes of a text; with a `memory` those that follow what it has seen."""

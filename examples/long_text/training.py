@@ -116,7 +116,7 @@ class Trainer:
     def held_out_bits(self) -> float:
         """Bits per byte over the whole held-out text, every byte predicted once."""
         total = 0.0
-        for inputs, targets in held_out_windows(self.corpus, self.settings.length):
+        for inputs, targets in held_out_windows(self.corpus, self.length):
             total += F.cross_entropy(self.model(inputs[None])[0], targets, reduction="sum").item()
         return total / len(self.corpus.held_out) / math.log(2)
 
