@@ -9,7 +9,6 @@ of it, beside the best Markov model of 0 to 11 bases of context.
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from dna.baseline import markov_bits
@@ -23,10 +22,8 @@ from long_text.command import (
     add_size_options,
     add_training_options,
     positive,
-    prepare,
-    start_and_run,
     summarize,
-    train_and_report,
+    train_main,
 )
 
 
@@ -79,18 +76,15 @@ def report(trainer: Trainer, args: argparse.Namespace) -> bool:
 
 def main() -> int:
     """The command line."""
-    parser = make_parser()
-    args = parser.parse_args()
-
-    def start() -> partial:
-        trainer = prepare(
-            args, Trainer, lambda config, settings: load_genome(args.fasta, config.length)
-        )
-        return partial(
-            train_and_report, trainer, args, describe, report, "fasta", "the Markov model"
-        )
-
-    return start_and_run(parser, args, start)
+    return train_main(
+        make_parser(),
+        Trainer,
+        lambda path, config: load_genome(path, config.length),
+        describe,
+        report,
+        "fasta",
+        "the Markov model",
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ training crop touches, beside an adaptive histogram of each pixel given its neig
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from images.baseline import histogram_bits
@@ -22,10 +21,8 @@ from long_text.command import (
     add_size_options,
     add_training_options,
     positive,
-    prepare,
-    start_and_run,
     summarize,
-    train_and_report,
+    train_main,
 )
 
 
@@ -77,16 +74,15 @@ def report(trainer: Trainer, args: argparse.Namespace) -> bool:
 
 def main() -> int:
     """The command line."""
-    parser = make_parser()
-    args = parser.parse_args()
-
-    def start() -> partial:
-        trainer = prepare(
-            args, Trainer, lambda config, settings: load_photos(args.images, config.side)
-        )
-        return partial(train_and_report, trainer, args, describe, report, "images", "the histogram")
-
-    return start_and_run(parser, args, start)
+    return train_main(
+        make_parser(),
+        Trainer,
+        lambda folder, config: load_photos(folder, config.side),
+        describe,
+        report,
+        "images",
+        "the histogram",
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from long_text.model import Stack
+from long_text.model import Stack, check_pairs
 from torch import nn
 
 from sparse_attn import Causal, Global, Pattern, PerHead, Window
@@ -25,11 +25,7 @@ class Config:
     attention: str = "dilated"
 
     def __post_init__(self):
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"expected a width that is a multiple of 2 * heads = {2 * self.heads} "
-                f"(rotary positions pair the channels), got {self.width}"
-            )
+        check_pairs(self.width, self.heads)
 
     @property
     def dilations(self) -> list[int]:

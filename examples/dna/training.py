@@ -1,26 +1,15 @@
 """Training on windows of a genome, with the loop of the long-text example."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from long_text import training
 from long_text.data import held_out_windows
+from long_text.training import BaseSettings as Settings
 
 from dna.data import strand_batch
 from dna.model import Config, DnaModel
-
-
-@dataclass
-class Settings:
-    """What decides the numbers of a run, besides the shape of the model and the genome."""
-
-    batch: int = 1
-    steps: int = 300
-    minutes: float | None = None
-    learning_rate: float = 2e-3
-    seed: int = 0
 
 
 class Trainer(training.Trainer):

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 from long_text.data import DataError
@@ -188,3 +189,24 @@ def start_and_run(
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+
+
+def train_main(
+    parser: argparse.ArgumentParser,
+    kind: type[Trainer],
+    load: Callable,
+    describe: Callable,
+    report: Callable,
+    data: str,
+    baseline: str,
+) -> int:
+    """The command line of a script that trains one model; `load(given, config)` gives the data,
+    where `given` is the value of the option --`data`."""
+    args = parser.parse_args()
+
+    def start() -> Callable[[], int]:
+        given = getattr(args, data)
+        trainer = prepare(args, kind, lambda config, settings: load(given, config))
+        return partial(train_and_report, trainer, args, describe, report, data, baseline)
+
+    return start_and_run(parser, args, start)

@@ -14,6 +14,15 @@ VOCABULARY = 256  # bytes
 ATTENTIONS = ("full", "window", "longformer", "strided", "fixed", "bigbird")
 
 
+def check_pairs(width: int, heads: int) -> None:
+    """Raise ValueError unless every head has pairs of channels."""
+    if width % (2 * heads):
+        raise ValueError(
+            f"expected a width that is a multiple of 2 * heads = {2 * heads} "
+            f"(rotary positions pair the channels), got {width}"
+        )
+
+
 @dataclass(frozen=True)
 class Config:
     """The shape of the model. `attention` is one of ATTENTIONS; the parameters are the same."""
@@ -26,11 +35,7 @@ class Config:
     attention: str = "longformer"
 
     def __post_init__(self):
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"expected a width that is a multiple of 2 * heads = {2 * self.heads} "
-                f"(rotary positions pair the channels), got {self.width}"
-            )
+        check_pairs(self.width, self.heads)
         if self.attention not in ATTENTIONS:
             raise ValueError(f"expected attention in {ATTENTIONS}, got {self.attention!r}")
 
