@@ -11,7 +11,16 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from finetune.data import CLS, FIRST_BYTE, PACKAGES, PAD, encode, load_documents  # noqa: E402
+from finetune.data import (  # noqa: E402
+    CLS,
+    EACH,
+    FIRST_BYTE,
+    HELD_OUT,
+    KINDS,
+    PAD,
+    encode,
+    load_documents,
+)
 from finetune.measure import Settings, accuracy, build_model, losses  # noqa: E402
 
 import sparse_attn  # noqa: E402
@@ -23,7 +32,7 @@ OPTIONS = [word for name in ("length", "window", "layers", "width", "heads", "st
 
 @pytest.fixture(scope="module")
 def documents():
-    return load_documents(TINY.length, TINY.seed, each=20)
+    return load_documents(TINY.length, TINY.seed)
 
 
 def test_a_document_is_the_end_of_a_file_behind_a_global_token():
@@ -32,14 +41,14 @@ def test_a_document_is_the_end_of_a_file_behind_a_global_token():
     assert encode(b"ab", 5).tolist() == [CLS, FIRST_BYTE + 97, FIRST_BYTE + 98, PAD, PAD]
 
 
-def test_every_package_has_as_many_documents(documents):
+def test_every_kind_has_as_many_documents(documents):
     train, held_out = documents
-    for part, each in ((train, 4), (held_out, 16)):
-        assert torch.equal(part.labels.bincount(), torch.full((len(PACKAGES),), each))
+    for part, each in ((train, EACH - HELD_OUT), (held_out, HELD_OUT)):
+        assert torch.equal(part.labels.bincount(), torch.full((len(KINDS),), each))
         assert part.tokens.shape == (4 * each, TINY.length)
     seen = {row.numpy().tobytes() for row in train.tokens}
     assert not seen & {row.numpy().tobytes() for row in held_out.tokens}
-    again = load_documents(TINY.length, TINY.seed, each=20)
+    again = load_documents(TINY.length, TINY.seed)
     assert torch.equal(again[0].tokens, train.tokens)
 
 
@@ -59,8 +68,8 @@ def test_accuracy_counts(documents):
     assert 0 <= accuracy(model, documents[1]) <= 1
     with torch.no_grad():
         model.classifier.out_proj.weight.zero_()
-        model.classifier.out_proj.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    assert accuracy(model, documents[1]) == 1 / len(PACKAGES)
+        model.classifier.out_proj.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    assert accuracy(model, documents[1]) == 1 / len(KINDS)
 
 
 def run(*arguments: str, status: int = 0) -> str:

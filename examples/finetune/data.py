@@ -1,24 +1,23 @@
-"""Long documents with labels that every machine has: source files, and the package of each."""
+"""Long documents with labels that every machine has: C++, Python, and English prose."""
 
-import importlib.util
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from long_text.data import DataError
+from long_text.data import DataError, python_reference
 
-PACKAGES = ("stdlib", "numpy", "torch", "transformers")
-LEAST = 2000  # bytes of a file that counts
 PAD, CLS, FIRST_BYTE = 1, 0, 3  # token ids; 1 is where transformers' Longformer expects padding
 VOCABULARY = FIRST_BYTE + 256
-HELD_OUT = 64
+EACH, HELD_OUT = 100, 16  # documents of a kind, and how many of them are held out
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Token ids (documents, length), and the number of each one's package."""
+    """Token ids (documents, length), and the number of each one's kind."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -29,32 +28,30 @@ class Documents:
         return self.tokens[chosen], self.labels[chosen]
 
 
-def _folder(package: str) -> Path:
-    found = Path(os.__file__) if package == "stdlib" else None
-    if found is None:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise DataError(f"{package} is needed: pip install {package}")
-        found = Path(spec.origin)
-    return found.parent
+def _sources(folder: Path, suffix: str, rng: np.random.Generator) -> Iterator[bytes]:
+    """The files of a folder, in random order."""
+    paths = sorted(folder.rglob(f"*{suffix}"))
+    paths = [path for path in paths if "site-packages" not in path.relative_to(folder).parts]
+    return (paths[number].read_bytes() for number in rng.permutation(len(paths)))
 
 
-def _files(package: str, most: int, rng: np.random.Generator) -> list[bytes]:
-    """At most `most` source files of a package, in random order."""
-    folder = _folder(package)
-    paths = sorted(
-        path
-        for path in folder.rglob("*.py")
-        if "site-packages" not in path.relative_to(folder).parts
-    )
-    texts: list[bytes] = []
-    for number in rng.permutation(len(paths)):
-        text = paths[number].read_bytes()
-        if len(text) >= LEAST:
-            texts.append(text)
-        if len(texts) == most:
-            break
-    return texts
+def _passages(text: bytes, length: int, rng: np.random.Generator) -> Iterator[bytes]:
+    """A text cut in pieces, in random order."""
+    starts = range(0, len(text), length)
+    return (text[starts[number] :][:length] for number in rng.permutation(len(starts)))
+
+
+def sources(length: int, seed: int) -> dict[str, Iterator[bytes]]:
+    """For each kind its documents: headers of torch, modules of CPython, and its reference."""
+    rng = np.random.default_rng(seed)
+    return {
+        "C++": _sources(Path(torch.__file__).parent / "include", ".h", rng),
+        "Python": _sources(Path(os.__file__).parent, ".py", rng),
+        "prose": _passages(python_reference(), length, rng),
+    }
+
+
+KINDS = ("C++", "Python", "prose")
 
 
 def encode(text: bytes, length: int) -> torch.Tensor:
@@ -66,16 +63,19 @@ def encode(text: bytes, length: int) -> torch.Tensor:
     return tokens
 
 
-def load_documents(length: int, seed: int, each: int = 150) -> tuple[Documents, Documents]:
-    """Documents to train on and held-out ones, as many of each package."""
-    rng = np.random.default_rng(seed)
+def load_documents(length: int, seed: int) -> tuple[Documents, Documents]:
+    """Documents to train on and held-out ones, as many of each kind, half as long or longer."""
     train, held_out = [], []
-    for label, package in enumerate(PACKAGES):
-        coded = [(encode(text, length), label) for text in _files(package, each, rng)]
-        own = HELD_OUT // len(PACKAGES)
-        held_out += coded[:own]
-        train += coded[own:]
-    return tuple(
-        Documents(torch.stack([t for t, _ in part]), torch.tensor([label for _, label in part]))
-        for part in (train, held_out)
-    )
+    for label, (kind, texts) in enumerate(sources(length, seed).items()):
+        long = (text for text in texts if 2 * len(text) >= length)
+        coded = [(encode(text, length), label) for text in islice(long, EACH)]
+        if len(coded) < 2 * HELD_OUT:
+            raise DataError(f"only {len(coded)} documents of {kind} are installed here")
+        held_out += coded[:HELD_OUT]
+        train += coded[HELD_OUT:]
+    return _join(train), _join(held_out)
+
+
+def _join(coded: list[tuple[torch.Tensor, int]]) -> Documents:
+    tokens, labels = zip(*coded, strict=True)
+    return Documents(torch.stack(tokens), torch.tensor(labels))

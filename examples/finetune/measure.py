@@ -6,26 +6,27 @@ from dataclasses import dataclass
 
 import torch
 from long_text.measure import peak_memory
+from long_text.training import learning_rate
 from torch import nn
 from tqdm import tqdm
 
 import sparse_attn
-from finetune.data import CLS, PACKAGES, PAD, VOCABULARY, Documents
+from finetune.data import CLS, KINDS, PAD, VOCABULARY, Documents
 
-KINDS = ("original", "replaced")
+ATTENTIONS = ("original", "replaced")
 
 
 @dataclass
 class Settings:
     """What decides the numbers of a run."""
 
-    length: int = 4096
+    length: int = 2048
     window: int = 256
     layers: int = 2
     width: int = 128
     heads: int = 4
     batch: int = 2
-    steps: int = 40
+    steps: int = 120
     learning_rate: float = 1e-3
     seed: int = 0
 
@@ -45,7 +46,7 @@ def build_model(settings: Settings) -> nn.Module:
             attention_window=settings.window,
             max_position_embeddings=settings.length + PAD + 1,
             pad_token_id=PAD,
-            num_labels=len(PACKAGES),
+            num_labels=len(KINDS),
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -65,9 +66,10 @@ def losses(
     model: nn.Module, documents: Documents, settings: Settings
 ) -> Iterator[tuple[float, float]]:
     """The loss of each step, and its seconds."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters())
     for step in range(settings.steps):
         tokens, labels = documents.batch(settings.batch, step, settings.seed)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         start = time.perf_counter()
         loss = model(**inputs(tokens), labels=labels).loss
         loss.backward()
@@ -79,19 +81,19 @@ def losses(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, documents: Documents) -> float:
-    """The share of documents whose package the model tells."""
+    """The share of documents whose kind the model tells."""
     model.eval()
     found = [model(**inputs(tokens)).logits.argmax(-1) for tokens in documents.tokens.split(4)]
     return (torch.cat(found) == documents.labels).double().mean().item()
 
 
-def measure(kind: str, train: Documents, held_out: Documents, settings: Settings) -> dict:
-    """Train with one of KINDS: losses, seconds of the steps, memory, and accuracy."""
+def measure(attention: str, train: Documents, held_out: Documents, settings: Settings) -> dict:
+    """Train with one of ATTENTIONS: losses, seconds of the steps, memory, and accuracy."""
     model = build_model(settings).train()
-    if kind == "replaced":
+    if attention == "replaced":
         sparse_attn.huggingface.replace_attention(model)
     before, took = peak_memory(), []
-    bar = tqdm(losses(model, train, settings), desc=kind, total=settings.steps, unit="step")
+    bar = tqdm(losses(model, train, settings), desc=attention, total=settings.steps, unit="step")
     for loss, seconds in bar:
         took.append((loss, seconds))
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

@@ -12,9 +12,9 @@ def save_figure(path: Path, results: dict[str, dict]) -> None:
     )
     colors = (BASELINE, HELD_OUT)
     styles = ({"linewidth": 5, "alpha": 0.4}, {"linewidth": 1.5})  # both show where they coincide
-    for (kind, result), color, style in zip(results.items(), colors, styles, strict=True):
+    for (attention, result), color, style in zip(results.items(), colors, styles, strict=True):
         steps = range(1, len(result["losses"]) + 1)
-        panels[0].plot(steps, result["losses"], color=color, label=kind, **style)
+        panels[0].plot(steps, result["losses"], color=color, label=attention, **style)
     panels[0].set(xlabel="step", ylabel="cross-entropy, nats")
     panels[0].legend(frameon=False)
     figures = {
