@@ -95,7 +95,6 @@ class SparseSelfAttention(nn.Module):
         Raises:
             TypeError: An argument has the wrong type or dtype.
             ValueError: A shape does not fit, or only one of key and value is given.
-            NotImplementedError: The module is in training and has dropout.
         """
         if key is None and value is None:
             key = value = query

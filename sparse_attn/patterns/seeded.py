@@ -17,5 +17,4 @@ class Seeded(Pattern):
         super().__post_init__()
 
     def reseeded(self, seed: int) -> Pattern:
-        total = self.seed + arguments.seed(seed)
-        return replace(self, seed=(total + 2**63) % 2**64 - 2**63)
+        return replace(self, seed=arguments.wrap_seed(self.seed + arguments.seed(seed)))
