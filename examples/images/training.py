@@ -11,14 +11,10 @@ from images.model import Config, build_model
 
 
 @dataclass
-class Settings:
-    """What decides the numbers of a run, besides the shape of the model and the images."""
+class Settings(training.BaseSettings):
+    """Those of all training, over more steps."""
 
-    batch: int = 1
     steps: int = 800
-    minutes: float | None = None
-    learning_rate: float = 2e-3
-    seed: int = 0
 
 
 class Trainer(training.Trainer):

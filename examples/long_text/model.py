@@ -14,6 +14,15 @@ VOCABULARY = 256  # bytes
 ATTENTIONS = ("full", "window", "longformer", "strided", "fixed", "bigbird")
 
 
+def check_pairs(width: int, heads: int) -> None:
+    """Raise ValueError unless every head has pairs of channels."""
+    if width % (2 * heads):
+        raise ValueError(
+            f"expected a width that is a multiple of 2 * heads = {2 * heads} "
+            f"(rotary positions pair the channels), got {width}"
+        )
+
+
 @dataclass(frozen=True)
 class Config:
     """The shape of the model. `attention` is one of ATTENTIONS; the parameters are the same."""
@@ -26,11 +35,7 @@ class Config:
     attention: str = "longformer"
 
     def __post_init__(self):
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"expected a width that is a multiple of 2 * heads = {2 * self.heads} "
-                f"(rotary positions pair the channels), got {self.width}"
-            )
+        check_pairs(self.width, self.heads)
         if self.attention not in ATTENTIONS:
             raise ValueError(f"expected attention in {ATTENTIONS}, got {self.attention!r}")
 
@@ -138,13 +143,13 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
-class ByteModel(nn.Module):
-    """Bytes (B, N) to the logits (B, N, 256) of the byte after each."""
+class Stack(nn.Module):
+    """What causal models of sequences share: an embedding, blocks, a norm, and rotary positions."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, embedding: nn.Module):
         super().__init__()
         self.config = config
-        self.embedding = NgramEmbedding(config)
+        self.embedding = embedding
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.apply(self._initialize)
@@ -162,6 +167,13 @@ class ByteModel(nn.Module):
         frequency = 10000.0 ** -(torch.arange(half, device=device) / half)
         angles = torch.outer(torch.arange(start, stop, device=device), frequency)
         return torch.polar(torch.ones_like(angles), angles)[:, None, None]
+
+
+class ByteModel(Stack):
+    """Bytes (B, N) to the logits (B, N, 256) of the byte after each."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, NgramEmbedding(config))
 
     def forward(self, tokens: torch.Tensor, memory: "Memory | None" = None) -> torch.Tensor:
         """The bytes of a text; with a `memory` those that follow what it has seen."""

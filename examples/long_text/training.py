@@ -26,15 +26,21 @@ CALIBRATION = 10  # steps that are timed before --minutes becomes a number of st
 
 
 @dataclass
-class Settings:
-    """What decides the numbers of a run, besides the shape of the model and the text."""
+class BaseSettings:
+    """What decides the numbers of a run, besides the shape of the model and the data."""
 
-    length: int = 4096
     batch: int = 1
     steps: int = 300
     minutes: float | None = None
     learning_rate: float = 2e-3
     seed: int = 0
+
+
+@dataclass
+class Settings(BaseSettings):
+    """Those of a text, with the bytes of a sequence."""
+
+    length: int = 4096
 
 
 @dataclass
@@ -47,7 +53,7 @@ class History:
     seconds: float = 0.0
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+def learning_rate(step: int, settings: BaseSettings) -> float:
     """A linear warm-up, then a half cosine down to a twentieth."""
     warm = min(1.0, (step + 1) / WARMUP)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))
@@ -116,7 +122,7 @@ class Trainer:
     def held_out_bits(self) -> float:
         """Bits per byte over the whole held-out text, every byte predicted once."""
         total = 0.0
-        for inputs, targets in held_out_windows(self.corpus, self.settings.length):
+        for inputs, targets in held_out_windows(self.corpus, self.length):
             total += F.cross_entropy(self.model(inputs[None])[0], targets, reduction="sum").item()
         return total / len(self.corpus.held_out) / math.log(2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from sparse_attn.nn._checks import check_heads, check_sequence
 from sparse_attn.nn._hugging_face_blocks import HuggingFaceBlocks
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.patterns import BigBird, PerHead
-from sparse_attn.patterns.arguments import index
+from sparse_attn.patterns.arguments import index, wrap_seed
 
 
 class BigBirdSelfAttention(SparseSelfAttention):
@@ -147,5 +149,4 @@ class BigBirdSelfAttention(SparseSelfAttention):
 
 
 def _of_head(whole: BigBird, head: int, num_heads: int) -> BigBird:
-    seed = (whole.seed * num_heads + head + 2**63) % 2**64 - 2**63  # seeds have 64 bits, signed
-    return BigBird(whole.block, whole.random_blocks, whole.window_blocks, whole.global_blocks, seed)
+    return replace(whole, seed=wrap_seed(whole.seed * num_heads + head))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparse_attn.functional import attention
 from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
+from sparse_attn.nn._redraw import check_random, redrawn_attention
 from sparse_attn.patterns import Causal, Pattern, check_pattern
 
 
@@ -25,12 +26,18 @@ class SparseSelfAttention(nn.Module):
         dropout: Dropout of the attention probabilities in training.
         bias: Whether the projections have biases.
         causal: Intersect the pattern with `Causal()`.
+        redraw: Draw the random parts of the pattern (`RandomTokens`, `RandomBlocks`, `BigBird`)
+            anew at every call, in training and in evaluation, for each example and head apart.
+            Otherwise their seeds decide, once for all. The draw follows `torch.manual_seed`; it is
+            made on the host, so that `torch.compile` breaks its graph there. Layouts and masks in
+            the pattern must be the same for all examples and heads.
         device: Device of the parameters.
         dtype: Data type of the parameters.
 
     Raises:
         TypeError: pattern is not a Pattern.
-        ValueError: embed_dim is not a multiple of num_heads, or dropout is out of range.
+        ValueError: embed_dim is not a multiple of num_heads, dropout is out of range, or redraw is
+            set and nothing in pattern is random.
 
     >>> from sparse_attn import Global, Window
     >>> layer = SparseSelfAttention(64, 4, pattern=Window(16) | Global([0]))
@@ -47,6 +54,7 @@ class SparseSelfAttention(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         causal: bool = False,
+        redraw: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,9 +62,12 @@ class SparseSelfAttention(nn.Module):
         check_heads(embed_dim, num_heads)
         check_dropout(dropout)
         check_pattern(pattern)
+        if redraw:
+            check_random(pattern)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.dropout = dropout
+        self.redraw = redraw
         self.pattern = pattern & Causal() if causal and not pattern.causal else pattern
         for name in ("query", "key", "value", "output"):
             projection = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
@@ -84,7 +95,6 @@ class SparseSelfAttention(nn.Module):
         Raises:
             TypeError: An argument has the wrong type or dtype.
             ValueError: A shape does not fit, or only one of key and value is given.
-            NotImplementedError: The module is in training and has dropout.
         """
         if key is None and value is None:
             key = value = query
@@ -95,7 +105,8 @@ class SparseSelfAttention(nn.Module):
             )
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_sequence(name, x, self.embed_dim)
-        heads = attention(
+        attend = redrawn_attention if self.redraw else attention
+        heads = attend(
             self._split(self.query(query)),
             self._split(self.key(key)),
             self._split(self.value(value)),
@@ -107,7 +118,8 @@ class SparseSelfAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """The pattern, in `print(module)`."""
-        return f"{self.embed_dim}, {self.num_heads}, pattern={self.pattern}"
+        redraw = ", redraw=True" if self.redraw else ""
+        return f"{self.embed_dim}, {self.num_heads}, pattern={self.pattern}{redraw}"
 
     def _split(self, x: Tensor) -> Tensor:
         """(batch, length, embed_dim) to (batch, heads, length, head_dim)."""

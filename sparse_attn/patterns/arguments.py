@@ -40,6 +40,11 @@ def seed(value: object) -> int:
     return index("seed", value, -(2**63), 2**63 - 1)
 
 
+def wrap_seed(value: int) -> int:
+    """The seed that equals an int of any size modulo 2⁶⁴."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
 def word(value: int | float) -> int:
     """An int of any size as one of 64 bits; larger ones count as unbounded."""
     return INFINITE if value == math.inf else min(int(value), INFINITE)

@@ -100,6 +100,25 @@ class Pattern:
         """
         return self._words
 
+    def reseeded(self, seed: int) -> Pattern:
+        """The same pattern with another draw of what is random in it.
+
+        Args:
+            seed: Added to every seed in the pattern, modulo 2⁶⁴, so that parts that draw apart go
+                on to.
+
+        Returns:
+            A pattern; one equal to this one if nothing in it is random.
+
+        Raises:
+            TypeError: seed is no int.
+            ValueError: seed does not fit in 64 bits.
+
+        >>> (Window(8) | RandomTokens(0.1) | BigBird(16, seed=4)).reseeded(3)
+        Window(8) | RandomTokens(0.1, seed=3) | BigBird(16, seed=7)
+        """
+        return self
+
     def tensors(self, n_q: int, n_k: int) -> tuple[Tensor, ...]:
         """The tensors that go with `encode()` for these sizes: those of layouts, masks and lists.
 
@@ -347,6 +366,9 @@ class _Join(Pattern):
         object.__setattr__(self, "parts", _check_list("parts", self.parts, nested))
         super().__post_init__()
 
+    def reseeded(self, seed: int) -> Pattern:
+        return type(self)(tuple(part.reseeded(seed) for part in self.parts))
+
     def tensors(self, n_q: int, n_k: int) -> tuple[Tensor, ...]:
         return _tensors_of_all(self.parts, n_q, n_k)
 
@@ -408,6 +430,9 @@ class PerHead(Pattern):
         patterns = _check_list("patterns", self.patterns, nested="one inside another")
         object.__setattr__(self, "patterns", patterns)
         super().__post_init__()
+
+    def reseeded(self, seed: int) -> Pattern:
+        return PerHead([pattern.reseeded(seed) for pattern in self.patterns])
 
     def _encode(self) -> tuple[int, ...]:
         return (words.PER_HEAD, *_encode_all(self.patterns))

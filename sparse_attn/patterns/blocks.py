@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_attn.patterns import words
-from sparse_attn.patterns.arguments import index, seed, word
+from sparse_attn.patterns.arguments import index, word
 from sparse_attn.patterns.base import Pattern
+from sparse_attn.patterns.seeded import Seeded
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +61,7 @@ class Checkerboard(Pattern):
 
 
 @dataclass(frozen=True, repr=False)
-class RandomBlocks(Pattern):
+class RandomBlocks(Seeded):
     """Each block of queries sees `blocks_per_row` distinct blocks of keys, drawn at random.
 
     The draw is a function of seed, number of blocks and query block alone (Philox, Salmon et al.
@@ -88,7 +89,6 @@ class RandomBlocks(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks_per_row", index("blocks_per_row", self.blocks_per_row, 0))
         object.__setattr__(self, "block", index("block", self.block, 1))
-        object.__setattr__(self, "seed", seed(self.seed))
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ class RandomBlocks(Pattern):
 
 
 @dataclass(frozen=True, repr=False)
-class BigBird(Pattern):
+class BigBird(Seeded):
     """Blocks see the blocks around them, random ones, and the first and last ones (Zaheer et al.
     2020, section 2), which see everything. A union: a key that several parts allow counts once.
 
@@ -125,7 +125,6 @@ class BigBird(Pattern):
         object.__setattr__(self, "block", index("block", self.block, 1))
         for name in ("random_blocks", "window_blocks", "global_blocks"):
             object.__setattr__(self, name, index(name, getattr(self, name), 0))
-        object.__setattr__(self, "seed", seed(self.seed))
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:

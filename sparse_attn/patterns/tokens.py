@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparse_attn.patterns import words
-from sparse_attn.patterns.arguments import index, seed, word
+from sparse_attn.patterns.arguments import index, word
 from sparse_attn.patterns.base import Pattern
+from sparse_attn.patterns.seeded import Seeded
 
 _MOST_TOKENS = 2**59  # beyond any tensor; keeps the arithmetic of tokens from overflowing
 
@@ -125,7 +126,7 @@ class FirstLast(Pattern):
 
 
 @dataclass(frozen=True, repr=False)
-class RandomTokens(Pattern):
+class RandomTokens(Seeded):
     """Every pair is allowed with the same probability, independently of all others.
 
     The number that decides on a pair is a function of seed, position and key alone (Philox,
@@ -156,7 +157,6 @@ class RandomTokens(Pattern):
         object.__setattr__(self, "keep_prob", float(self.keep_prob))
         if not 0.0 <= self.keep_prob <= 1.0:  # NaN neither
             raise ValueError(f"sparse_attn: expected keep_prob in [0, 1], got {self.keep_prob}")
-        object.__setattr__(self, "seed", seed(self.seed))
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:

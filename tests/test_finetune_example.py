@@ -1,0 +1,99 @@
+"""The fine-tuning example: its documents, and equal losses before and after the swap."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from finetune.data import (  # noqa: E402
+    CLS,
+    EACH,
+    FIRST_BYTE,
+    HELD_OUT,
+    KINDS,
+    PAD,
+    encode,
+    load_documents,
+)
+from finetune.measure import Settings, accuracy, build_model, losses  # noqa: E402
+
+import sparse_attn  # noqa: E402
+
+TINY = Settings(length=300, window=32, layers=2, width=32, heads=2, steps=5)
+OPTIONS = [word for name in ("length", "window", "layers", "width", "heads", "steps")
+           for word in (f"--{name}", str(getattr(TINY, name)))]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return load_documents(TINY.length, TINY.seed)
+
+
+def test_a_document_is_the_end_of_a_file_behind_a_global_token():
+    tokens = encode(b"abcdef", 4)
+    assert tokens.tolist() == [CLS, *(FIRST_BYTE + byte for byte in b"def")]
+    assert encode(b"ab", 5).tolist() == [CLS, FIRST_BYTE + 97, FIRST_BYTE + 98, PAD, PAD]
+
+
+def test_every_kind_has_as_many_documents(documents):
+    train, held_out = documents
+    for part, each in ((train, EACH - HELD_OUT), (held_out, HELD_OUT)):
+        assert torch.equal(part.labels.bincount(), torch.full((len(KINDS),), each))
+        assert part.tokens.shape == (len(KINDS) * each, TINY.length)
+    seen = {row.numpy().tobytes() for row in train.tokens}
+    assert not seen & {row.numpy().tobytes() for row in held_out.tokens}
+    again = load_documents(TINY.length, TINY.seed)
+    assert torch.equal(again[0].tokens, train.tokens)
+
+
+def test_the_swap_changes_no_loss(documents):
+    runs = []
+    for swap in (False, True):
+        model = build_model(TINY).train()
+        if swap:
+            sparse_attn.huggingface.replace_attention(model)
+        runs.append([loss for loss, _ in losses(model, documents[0], TINY)])
+    torch.testing.assert_close(*map(torch.tensor, runs), rtol=1e-4, atol=1e-4)
+    assert len(set(runs[0])) == TINY.steps
+
+
+def test_accuracy_counts(documents):
+    model = build_model(TINY)
+    assert 0 <= accuracy(model, documents[1]) <= 1
+    with torch.no_grad():
+        model.classifier.out_proj.weight.zero_()
+        model.classifier.out_proj.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    assert accuracy(model, documents[1]) == 1 / len(KINDS)
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    command = [sys.executable, EXAMPLES / "finetune_longformer.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_whole_run(tmp_path):
+    text = run(*OPTIONS, "--out", str(tmp_path))
+    assert "The losses differ by at most" in text
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"original", "replaced"}
+    assert all(len(result["losses"]) == TINY.steps for result in results.values())
+    assert (tmp_path / "finetune.png").stat().st_size > 10000
+
+
+def test_wrong_options_say_why(tmp_path):
+    text = run(*OPTIONS, "--width", "33", "--out", str(tmp_path), status=2)
+    assert "error" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_the_options():
+    text = run("--help")
+    assert all(option in text for option in ("--steps", "--seed", "--window", "transformers"))
