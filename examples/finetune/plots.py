@@ -1,6 +1,7 @@
 """The picture of both runs: the losses, and what a step takes."""
 
 from pathlib import Path
+from statistics import median
 
 from long_text.plots import BASELINE, HELD_OUT, INK, plt
 
@@ -18,9 +19,7 @@ def save_figure(path: Path, results: dict[str, dict]) -> None:
     panels[0].set(xlabel="step", ylabel="cross-entropy, nats")
     panels[0].legend(frameon=False)
     figures = {
-        "Seconds of a step, median": [
-            sorted(result["seconds"])[len(result["seconds"]) // 2] for result in results.values()
-        ],
+        "Seconds of a step, median": [median(result["seconds"]) for result in results.values()],
         "Memory of training, MiB": [
             result["training_memory"] / 2**20 for result in results.values()
         ],
