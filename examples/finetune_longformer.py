@@ -103,7 +103,7 @@ def main() -> int:
         settings = pick(Settings, args)
         documents = load_documents(settings.length, settings.seed)
         print(json.dumps(measure(args.measure, *documents, settings)))
-    except (DataError, ValueError, OSError) as error:
+    except (DataError, ImportError, ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

@@ -58,6 +58,8 @@ def test_the_swap_changes_no_loss(documents):
         model = build_model(TINY).train()
         if swap:
             sparse_attn.huggingface.replace_attention(model)
+            ours = [m for m in model.modules() if type(m).__module__.startswith("sparse_attn")]
+            assert len(ours) == TINY.layers
         runs.append([loss for loss, _ in losses(model, documents[0], TINY)])
     torch.testing.assert_close(*map(torch.tensor, runs), rtol=1e-4, atol=1e-4)
     assert len(set(runs[0])) == TINY.steps
