@@ -142,7 +142,7 @@ def attention_forward(
         output, weights = _each_sequence(attend, pairs.lengths, *tensors), None
     elif output_attentions:
         output, weights = attend(*tensors)
-        weights = functional.pad(weights.to_dense(), (0, key.shape[2] - pairs.keys))
+        weights = functional.pad(weights.to_dense(), (0, key.shape[2] - pairs.keys)).to(query.dtype)
     else:
         output, weights = attend(*tensors), None
     if head_mask is not None:

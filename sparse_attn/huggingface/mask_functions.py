@@ -18,7 +18,7 @@ from torch import Tensor
 class Symbol:
     """Something of which nothing is known: operations with it give `UNKNOWN`."""
 
-    device = None
+    device = torch.device("cpu")
     __hash__ = None
 
     @classmethod
@@ -63,6 +63,7 @@ class Band(Symbol):
         self.sequences, self.positions = sequences, positions
 
     def __and__(self, other: object) -> Symbol:
+        other = _constant(other)
         if not isinstance(other, Band) or _differ(self, other):
             return UNKNOWN
         return Band(
@@ -73,6 +74,7 @@ class Band(Symbol):
         )
 
     def __or__(self, other: object) -> Symbol:
+        other = _constant(other)
         if not isinstance(other, Band) or self.packed or other.packed:
             return UNKNOWN
         if self.empty or other.empty:
@@ -91,6 +93,13 @@ class Band(Symbol):
     @property
     def packed(self) -> bool:
         return self.sequences is not None or self.positions is not None
+
+
+def _constant(value: object) -> object:
+    """What a mask function gives for every pair alike, as a band."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() > 0:
+        return value
+    return Band() if value else Band(math.inf, -math.inf)
 
 
 def _differ(one: Band, other: Band) -> bool:
