@@ -58,6 +58,8 @@ OTHERS = {
     "product": lambda b, h, q, k: k * 2 <= q,
     "tables": lambda b, h, q, k: (k <= q) & (TABLE[b, q] == (1 - TABLE)[b, k]),
     "table and number": lambda b, h, q, k: TABLE[b, k] == 1,
+    "of a computed example": lambda b, h, q, k: TABLE[b + 1, q] == TABLE[b + 1, k],
+    "of a fixed example": lambda b, h, q, k: TABLE[0, q] == TABLE[0, k],
     "order of a table": lambda b, h, q, k: TABLE[b, k] <= q,
     "constant": lambda b, h, q, k: True,
     "error": lambda b, h, q, k: q.no_such_thing,
@@ -84,6 +86,36 @@ def test_packed_bands():
     )
     band = band_of(function)
     assert (band.lowest, band.highest, band.sequences is TABLE) == (-4, 0, True)
+
+
+TABLES = {
+    "marks": torch.arange(N) % 7 < 3,
+    "not in order": torch.arange(N) % 7 // 3,
+    "numbers": torch.linspace(0, 3, N),
+    "descending": torch.arange(N, 0, -1) // 5,
+    "sequences": torch.arange(N) // 5,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("jump", [0, 2])
+def test_tables_that_are_no_sequences(name, jump):
+    """Only numbered sequences, side by side, of consecutive positions, are taken apart."""
+    table = TABLES[name].expand(2, -1).contiguous().to(DEVICE)
+    positions = torch.arange(N, device=DEVICE).expand(2, -1).contiguous()
+    positions[1, N // 2 :] += jump
+
+    def function(b, h, q, k):
+        return (table[b, q] == table[b, k]) & (positions[b, k] > positions[b, q] - 4)
+
+    mask = attention_mask(**arguments(function))
+    assert isinstance(mask, BandMask) == (name == "sequences" and jump == 0)
+    expected = masking_utils.sdpa_mask(**arguments(function), allow_is_causal_skip=False)
+    query, key, value = tensors()
+    found, _ = attention_forward(LAYER, query, key, value, mask)
+    bias = torch.zeros((), device=DEVICE).where(expected, -math.inf)
+    result = attention(query, key, value, Full(), bias=bias, enable_gqa=True)
+    assert_close(found, result.transpose(1, 2))
 
 
 def arguments(function, queries: int = N, keys: int = N, start: int = 0, **options) -> dict:

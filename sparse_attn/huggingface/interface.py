@@ -38,6 +38,7 @@ def register() -> None:
     Raises:
         ImportError: transformers is missing or older than 4.57.
 
+    >>> import torch
     >>> from transformers import MistralConfig, MistralForCausalLM
     >>> register()
     >>> config = MistralConfig(

@@ -191,10 +191,14 @@ def _not_positive(position: Symbol) -> Symbol:
     return Band() if max(key, query, offset) <= 0 and table is None else UNKNOWN
 
 
+#: Stands for the number of the example; not of no dimensions, which torch.compile would read.
+_BATCH = torch.zeros(1, dtype=torch.int64)
+
+
 def _look_up(table: object, index: object) -> Symbol:
     """table[batch, position]."""
-    position = index[1] if isinstance(index, tuple) and len(index) == 2 else None
-    if not isinstance(table, Tensor) or not isinstance(position, Position):
+    batch, position = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
+    if not isinstance(table, Tensor) or not isinstance(position, Position) or batch is not _BATCH:
         return UNKNOWN
     terms = (position.key, position.query, position.offset)
     if position.table is not None or terms not in ((1, 0, 0), (0, 1, 0)):
@@ -204,10 +208,10 @@ def _look_up(table: object, index: object) -> Symbol:
 
 def band_of(mask_function: Callable) -> Band | None:
     """The band that a mask function allows, None if it is not known to be one."""
-    # Not of no dimensions, which torch.compile would read as a number.
-    first = torch.zeros(1, dtype=torch.int64)
+    # Under torch.compile a tensor of its own: one from outside would be an input of the graph.
+    batch = torch.zeros(1, dtype=torch.int64) if torch.compiler.is_compiling() else _BATCH
     try:
-        allowed = mask_function(first, first, Position(0, 1), Position(1, 0))
+        allowed = mask_function(batch, UNKNOWN, Position(0, 1), Position(1, 0))
     except Exception:  # It is the caller's, and may do anything with what it is given.
         return None
     return allowed if isinstance(allowed, Band) else None

@@ -170,6 +170,8 @@ def _lengths(
     shape = (batch_size, kv_length)
     if sequences is None or sequences.shape != shape or kv_offset != 0:
         return None
+    if sequences.dtype != torch.int64:  # Numbers of sequences count; other tables are marks.
+        return None
     if _queries(**arguments) != kv_length or (positions is not None and positions.shape != shape):
         return None
     steps = sequences.diff(dim=1)
