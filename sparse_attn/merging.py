@@ -43,13 +43,27 @@ def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tenso
     empty1, empty2 = lse1 == -math.inf, lse2 == -math.inf
     # Numbers in place of infinities, before any arithmetic: no gradient becomes 0 · inf.
     finite1, finite2 = lse1.masked_fill(empty1, 0), lse2.masked_fill(empty2, 0)
-    share1 = torch.sigmoid(finite1 - finite2).masked_fill(empty2, 1).masked_fill(empty1, 0)
-    share2 = torch.sigmoid(finite2 - finite1).masked_fill(empty1, 1).masked_fill(empty2, 0)
+    share1, share2 = softmax_of_two(finite1 - finite2)
+    share1 = share1.masked_fill(empty2, 1).masked_fill(empty1, 0)
+    share2 = share2.masked_fill(empty1, 1).masked_fill(empty2, 0)
     wide = torch.promote_types(out1.dtype, lse1.dtype)
     out = _weigh(out1.to(wide), share1, empty1) + _weigh(out2.to(wide), share2, empty2)
     both = torch.logaddexp(finite1, finite2)
     lse = torch.where(empty1, finite2, torch.where(empty2, finite1, both))
     return out.to(out1.dtype), lse.masked_fill(empty1 & empty2, -math.inf)
+
+
+def softmax_of_two(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """The shares of two logits, the first of which is greater by `difference`.
+
+    Both follow from the smaller one, so that derivatives are as precise: that of σ near 1 has 1 − σ
+    in it, where nothing is left of a small other share.
+    """
+    first_leads = difference >= 0
+    smaller = torch.sigmoid(torch.where(first_leads, -difference, difference))
+    larger = 1 - smaller
+    first = torch.where(first_leads, larger, smaller)
+    return first, torch.where(first_leads, smaller, larger)
 
 
 def _weigh(out: Tensor, share: Tensor, empty: Tensor) -> Tensor:

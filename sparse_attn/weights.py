@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn._library import ops
+from sparse_attn.merging import softmax_of_two
 from sparse_attn.patterns import Pattern
 from sparse_attn.sparse_weights import SparseWeights
 from sparse_attn.tables import DENSE, SLOPES, SLOTS, BlockBias, SlotBias, encode_table, slot_windows
@@ -133,7 +134,8 @@ def _softmax(
     weights = powers / ops.pair_products(total, ones, *indices)
     if sink is None:
         return weights
-    share = torch.sigmoid(largest + total.squeeze(-1).log() - sink.to(logits.dtype)[:, None])
+    lead = largest + total.squeeze(-1).log() - sink.to(logits.dtype)[:, None]
+    share, _ = softmax_of_two(lead)
     return weights * ops.pair_products(share[..., None], ones, *indices)
 
 

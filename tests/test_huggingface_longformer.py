@@ -1,6 +1,7 @@
 """`replace_attention` on transformers' Longformer and LED: the same numbers before and after."""
 
 import copy
+import functools
 import pickle
 
 import cases
@@ -369,6 +370,28 @@ def test_subclasses_are_left_alone():
     model.encoder.layer[0].attention.self.__class__ = Changed
     replace_attention(model)
     assert type(model.encoder.layer[0].attention.self) is Changed
+
+
+def test_beneath_hooks_that_keep_the_forward():
+    """As accelerate does: the module's own method is an attribute that its new forward calls."""
+    model = longformer()
+    for module in model.modules():
+        module._old_forward = module.forward
+        module.forward = functools.partial(lambda m, *a, **k: m._old_forward(*a, **k), module)
+    attention = replace_attention(model).encoder.layer[0].attention.self
+    assert attention._old_forward.__func__ is type(attention).forward
+    assert model(input_ids=token_ids(1, 8))[0].isfinite().all()
+
+
+def test_beneath_a_forward_that_hides_it():
+    model = longformer()
+    attention = model.encoder.layer[2].attention.self
+    old = attention.forward
+    attention.forward = lambda *args, **options: old(*args, **options)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="LongformerSelfAttention whose forward was replaced"):
+        replace_attention(model)
+    assert [type(module) for module in model.modules()] == before
 
 
 def test_part_of_a_model():

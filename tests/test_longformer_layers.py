@@ -115,6 +115,13 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(layer.eval()(x)[0], layer(x)[0])
 
 
+def test_activation_by_name():
+    x = states(2, 21)
+    outputs = [encoder(activation=a)(x)[0] for a in ("relu", torch.relu, "gelu")]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
 def test_compiles_whole():
     torch._dynamo.reset()
     model = encoder(dilation=2)
@@ -133,6 +140,8 @@ def test_compiles_whole():
         ({"feedforward_dim": 0}, ["feedforward_dim", "0"]),
         ({"dropout": 2.0}, ["dropout", "2.0"]),
         ({"attention_dropout": -1.0}, ["dropout", "-1.0"]),
+        ({"activation": "swish"}, ["activation", "swish"]),
+        ({"activation": None}, ["activation", "None"]),
     ],
 )
 def test_wrong_input(options, words):

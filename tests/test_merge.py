@@ -55,6 +55,28 @@ def test_parts_make_the_whole(split, n_q, n_k):
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("shift", [4.0, 12.0, 16.0, -16.0])
+def test_gradient_through_a_small_share_is_precise(shift):
+    """In float32, of a part with e^-shift of the weight; torch's softmax is the measure."""
+    logits = cases.normal(2, 64, dtype=torch.float32)
+    logits[0] += shift
+    values = cases.normal(2, 64, 3, dtype=torch.float32)
+
+    def exact(logits):
+        return (torch.softmax(logits, 0)[..., None] * values.to(logits.dtype)).sum(0)
+
+    def merged(logits):
+        return merge(values[0], logits[0], values[1], logits[1])[0]
+
+    def gradient(function, logits):
+        logits = logits.clone().requires_grad_()
+        return torch.autograd.grad(function(logits).square().sum(), logits)[0]
+
+    expected = gradient(exact, logits.double())
+    found = gradient(merged, logits)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_three_parts_in_any_order():
     query, key, value = cases.inputs(cases.Shape(n_q=30), torch.float64)
     cuts = zip(key.tensor_split(3, 2), value.tensor_split(3, 2), strict=True)

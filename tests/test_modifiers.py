@@ -249,6 +249,22 @@ def test_the_lowest_bias_is_finite():
         assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("shift", [-14.0, -7.0, 0.0, 7.0, 14.0])
+def test_gradients_beside_a_small_share_are_precise(shift):
+    """In float32: of a sink with almost none of the weight, and of keys with almost none."""
+
+    def gradients(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (query, key, value, sink)]
+        output = attention(*leaves[:3], Window(3), sink=leaves[3])
+        return torch.autograd.grad(output, leaves, grad_output.to(dtype))
+
+    query, key, value = cases.inputs(cases.Shape(n_q=20), torch.float32)
+    grad_output = cases.normal(*query.shape[:-1], value.shape[-1], seed=5, dtype=torch.float32)
+    sink = torch.full((query.shape[1],), shift, device=DEVICE)
+    for found, exact in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("sink", [-math.inf, -1e4, 0.0, 1e4])
 def test_extreme_sinks(sink):
     query, key, value = cases.inputs(Shape(n_q=20, head_dim=8))

@@ -8,11 +8,16 @@
 
 namespace sparse_attn {
 
-/// The keys' share of the softmax, (batch, heads, queries); differentiable. That of a query without
-/// keys does not matter: it is finite, and so are its gradients.
+/// The keys' share of the softmax, (batch, heads, queries); differentiable. It follows from the
+/// smaller of the two shares, so that derivatives are as precise: that of σ near 1 has 1 - σ in it,
+/// where nothing is left of a small other share. That of a query without keys does not matter: it
+/// is finite, and so are its gradients.
 inline at::Tensor share_of_keys(const at::Tensor& logsumexp, const at::Tensor& sink) {
   const at::Tensor finite = at::where(at::isneginf(logsumexp), 0.0, logsumexp);
-  return at::sigmoid(finite - sink.to(logsumexp.scalar_type()).view({1, -1, 1}));
+  const at::Tensor lead = finite - sink.to(logsumexp.scalar_type()).view({1, -1, 1});
+  const at::Tensor keys_lead = lead >= 0;
+  const at::Tensor smaller = at::sigmoid(at::where(keys_lead, -lead, lead));
+  return at::where(keys_lead, 1 - smaller, smaller);
 }
 
 /// Rows like the output, times their shares.

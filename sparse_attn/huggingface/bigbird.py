@@ -13,7 +13,7 @@ from transformers.models.big_bird import modeling_big_bird as big_bird
 from transformers.models.bigbird_pegasus import modeling_bigbird_pegasus as pegasus
 
 from sparse_attn.huggingface._bigbird_attentions import dense_attentions
-from sparse_attn.huggingface.replacement import replace_class
+from sparse_attn.huggingface.replacement import replace_classes
 from sparse_attn.nn._hugging_face_blocks import HuggingFaceBlocks
 
 try:
@@ -81,7 +81,7 @@ class _Switching:
 
     def set_attention_type(self, value: str, *args, **kwargs) -> None:
         super().set_attention_type(value, *args, **kwargs)
-        replace_class(self.self)
+        replace_classes([self.self])
 
 
 class BigBirdBlockSparseAttention(_BlockSparse, big_bird.BigBirdBlockSparseAttention):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 
 from torch import nn
+
+from sparse_attn._class_change import change_classes
 
 #: Files of transformers, and the module here that knows their classes.
 _FILES = {
@@ -33,7 +36,7 @@ def replace_attention(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is no module.
-        ValueError: model holds no such attention.
+        ValueError: model holds no such attention, or some whose `forward` was replaced.
 
     >>> from transformers import LongformerConfig, LongformerModel
     >>> config = LongformerConfig(
@@ -45,8 +48,7 @@ def replace_attention(model: nn.Module) -> nn.Module:
         raise TypeError(
             f"sparse_attn: expected model to be an nn.Module, got {type(model).__name__}"
         )
-    for module in model.modules():
-        replace_class(module)
+    replace_classes(model.modules())
     if not any(type(module).__module__.startswith(__package__) for module in model.modules()):
         raise ValueError(
             "sparse_attn: expected a model of transformers with the attention of Longformer, LED "
@@ -55,9 +57,13 @@ def replace_attention(model: nn.Module) -> nn.Module:
     return model
 
 
-def replace_class(module: nn.Module) -> None:
-    """Give a module the class that takes the place of its own, if there is one."""
-    original = type(module)
-    if original.__module__ in _FILES:
-        here = import_module(f"{__package__}.{_FILES[original.__module__]}")
-        module.__class__ = here.REPLACEMENTS.get(original, original)
+def replace_classes(modules: Iterable[nn.Module]) -> None:
+    """Give modules the classes that take the place of their own, where there are some."""
+    found = {}
+    for module in modules:
+        original = type(module)
+        if original.__module__ in _FILES:
+            here = import_module(f"{__package__}.{_FILES[original.__module__]}")
+            if original in here.REPLACEMENTS:
+                found[module] = here.REPLACEMENTS[original]
+    change_classes(found)

@@ -47,7 +47,7 @@ class HuggingFaceBlocks:
     ) -> Tensor:
         """The output of the heads, (batch, heads, length, head_dim)."""
         arguments = dataclasses.astuple(self)
-        times = _times(*arguments, query.shape[-2], training, query.device)
+        times = _times(*arguments, query.shape[-2], training, str(query.device))
         logarithms = times.to(torch.promote_types(query.dtype, torch.float32)).clamp(1).log()
         return attention(
             query,
@@ -172,14 +172,15 @@ def _times(
     max_length: int,
     length: int,
     training: bool,
-    device: torch.device,
+    device: str,
 ) -> Tensor:
     """How often each block sees each, (heads or 1, blocks, blocks) float32.
 
-    An op, so that what compilers and exporters trace holds for any length.
+    An op, so that what compilers and exporters trace holds for any length. `torch.jit.trace` knows
+    no device among its arguments, but strings.
     """
     blocks = HuggingFaceBlocks(block, random_blocks, num_heads, seed, max_length)
-    return _counted(blocks, length, training, device).clone()
+    return _counted(blocks, length, training, torch.device(device)).clone()
 
 
 @_times.register_fake

@@ -78,13 +78,14 @@ class LongformerSelfAttention(nn.Module):
         attention_mask: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Attend.
 
         Args:
             hidden_states: (batch, length, embed_dim).
             attention_mask: (batch, length), 1 = token, 0 = padding: no query sees it, and its
-                output is 0.
+                output is 0. Not the additive mask of the layers of transformers, where 0 means a
+                token.
             global_attention_mask: (batch, length), 1 = global: sees all tokens and is seen by all.
                 Padding wins over it.
             output_attentions: Also return the attention probabilities, after dropout; their size

@@ -31,7 +31,7 @@ class LongformerLayer(nn.Module):
         dilation: Distance between neighboring keys of the window; one int, or one for each head.
         dropout: Dropout after the attention and after the feed-forward layer, in training.
         attention_dropout: Dropout of the attention probabilities, in training; dropout if None.
-        activation: Between the two matrices.
+        activation: Between the two matrices: a function, "gelu" or "relu".
         layer_norm_eps: Added to the variance in the norms.
         causal: Keep only the left half of the window; global attention is causal too.
         recompute: In training, keep only the layer's input for the backward pass and compute the
@@ -58,7 +58,7 @@ class LongformerLayer(nn.Module):
         dilation: int | Iterable[int] = 1,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
-        activation: Callable[[Tensor], Tensor] = F.gelu,
+        activation: Callable[[Tensor], Tensor] | str = F.gelu,
         layer_norm_eps: float = 1e-12,
         causal: bool = False,
         recompute: bool = False,
@@ -88,7 +88,7 @@ class LongformerLayer(nn.Module):
         )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(embed_dim, hidden, **made)})
         self.output = _Residual(hidden, embed_dim, dropout, layer_norm_eps, made)
-        self.activation = activation
+        self.activation = _function(activation)
         self.recompute = recompute
 
     def forward(
@@ -242,6 +242,17 @@ class _Residual(nn.Module):
 
     def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
         return self.LayerNorm(x + self.dropout(self.dense(hidden)))
+
+
+def _function(activation: Callable[[Tensor], Tensor] | str) -> Callable[[Tensor], Tensor]:
+    named = {"gelu": F.gelu, "relu": F.relu}
+    found = named.get(activation) if isinstance(activation, str) else activation
+    if not callable(found):
+        raise ValueError(
+            'sparse_attn: expected activation to be a function, "gelu" or "relu", got '
+            f"{activation!r}"
+        )
+    return found
 
 
 def _of_layers(name: str, given, num_layers: int) -> list:

@@ -280,9 +280,12 @@ def _fused_attention(
     pattern = Full() if pattern is None else pattern
     if masks.excluded is not None:
         pattern = pattern & Mask(~masks.excluded)
+    bias = masks.bias
+    if bias is not None and bias.dtype != query.dtype:
+        bias = bias.to(torch.promote_types(query.dtype, torch.float32))
     options = {"dropout_p": dropout_p, "return_lse": True}
     output, lse = attention(
-        query, key, value, pattern, key_padding_mask=masks.padding, bias=masks.bias, **options
+        query, key, value, pattern, key_padding_mask=masks.padding, bias=bias, **options
     )
     if added is not None:
         output, _ = merge(output, lse, *attention(query, *added, Full(), **options))

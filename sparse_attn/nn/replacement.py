@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from sparse_attn._class_change import change_classes
 from sparse_attn.nn.multihead import MultiheadAttention
-from sparse_attn.patterns import Pattern
+from sparse_attn.patterns import Pattern, check_pattern
 
 #: Called with a module's name and the module; None leaves it as it is.
 Choice = Callable[[str, nn.MultiheadAttention], Pattern | None]
 
 
 def replace_multihead_attention(model: nn.Module, pattern: Pattern | Choice | None) -> nn.Module:
-    """Swap each `torch.nn.MultiheadAttention` of a model for a `MultiheadAttention`, in place.
+    """Make each `torch.nn.MultiheadAttention` of a model a `MultiheadAttention`, in place.
 
-    The new modules hold the same parameters under the same names, so optimizers and `state_dict`
-    go on as before, and the same settings, mode and hooks. Modules that are swapped already get the
-    new pattern. Subclasses, such as those for quantization, are left alone: what they change would
-    be lost.
+    The modules stay the objects that they are, with their parameters, settings, mode and hooks, so
+    optimizers and `state_dict` go on as before. Modules that are swapped already get the new
+    pattern. Subclasses, such as those for quantization, are left alone: what they change would be
+    lost.
 
     Args:
         model: A module that holds some, or is one itself.
@@ -29,11 +30,12 @@ def replace_multihead_attention(model: nn.Module, pattern: Pattern | Choice | No
             or None to leave it alone.
 
     Returns:
-        The model; where it is an `nn.MultiheadAttention` itself, what takes its place.
+        The same model, which may be an `nn.MultiheadAttention` itself.
 
     Raises:
         TypeError: model is no module, or pattern neither a Pattern nor a function that returns one.
-        ValueError: model holds no `nn.MultiheadAttention`.
+        ValueError: model holds no `nn.MultiheadAttention`, or one that has parametrizations or a
+            `forward` of its own. Then nothing is changed.
 
     >>> from sparse_attn import Window, replace_multihead_attention
     >>> layer = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
@@ -51,34 +53,32 @@ def replace_multihead_attention(model: nn.Module, pattern: Pattern | Choice | No
         raise TypeError(
             f"sparse_attn: expected model to be an nn.Module, got {type(model).__name__}"
         )
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module) in (nn.MultiheadAttention, MultiheadAttention)
-    ]
+    found = {name: module for name, module in model.named_modules() if _is_plain(module)}
     if not found:
         raise ValueError(
             "sparse_attn: expected a model that holds a torch.nn.MultiheadAttention, got "
             f"{type(model).__name__}"
         )
-    new: dict[nn.Module, nn.Module] = {}
-    for name, module in found:
+    patterns: dict[nn.Module, Pattern | None] = {}
+    for name, module in found.items():
         chosen = pattern(name, module) if callable(pattern) else pattern
-        if chosen is not None or pattern is None:
-            new[module] = _converted(module, chosen)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                setattr(parent, name, new[child])
-    return new.get(model, model)
+        if chosen is None and pattern is not None:
+            continue
+        if is_parametrized(module):
+            raise ValueError(
+                "sparse_attn: expected modules without parametrizations, which can be added "
+                f"afterwards, got them on {name or 'model'}"
+            )
+        if chosen is not None:
+            check_pattern(chosen)
+        patterns[module] = chosen
+    change_classes(dict.fromkeys(patterns, MultiheadAttention))
+    for module, chosen in patterns.items():
+        module._set_pattern(chosen)
+    return model
 
 
-def _converted(module: nn.MultiheadAttention, pattern: Pattern | None) -> MultiheadAttention:
-    """A module with all that the old one has; it draws no random numbers."""
-    state = dict(vars(module))
-    for members in ("_parameters", "_buffers", "_modules"):
-        state[members] = copy.copy(state[members])
-    new = MultiheadAttention.__new__(MultiheadAttention)
-    new.__setstate__(state)
-    new._set_pattern(pattern)
-    return new
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is of the class itself, which parametrizations derive from."""
+    of = type(module).__bases__ if is_parametrized(module) else (type(module),)
+    return of in ((nn.MultiheadAttention,), (MultiheadAttention,))
