@@ -19,24 +19,26 @@ say "Compile times"
 say "Objects of the instruction sets"
 "$python" scripts/check_isa_objects.py build
 
-# Head sizes of the tensor-core kernels: the most used, and one with other shapes of tiles.
-sizes='64;128;256'
-[ "${SPARSE_ATTN_FULL:-}" = 1 ] && sizes='32;64;96;128;192;256'
+# Each compiler below runs for minutes, so commits take turns: with the shapes of tensor-core tiles (64 and 128 columns share one, 256
+# have another), with the instruction set under the sanitizers (the Python tests run all), with nvcc's architecture.
+turn=$((0x$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)))
+if [ "${SPARSE_ATTN_FULL:-}" = 1 ]; then
+  sizes='32;64;96;128;192;256' isa='x86_64_v4;x86_64_v3;x86_64_v2' architectures='80-real;90a-real'
+else
+  choices=('64;256' '128') && sizes=${choices[turn % 2]}
+  choices=(80-real 90a-real) && architectures=${choices[turn / 2 % 2]}
+  choices=(x86_64_v2 x86_64_v4) && isa=${choices[turn / 4 % 2]}
+  grep -qs avx512f /proc/cpuinfo || isa=x86_64_v2
+fi
 
-# nvcc takes minutes for each architecture: commits take turns.
-architectures=80-real nvcc_sizes='64;128'
-(( 0x$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0) % 2 )) && architectures=90a-real
-[ "${SPARSE_ATTN_FULL:-}" = 1 ] && architectures='80-real;90a-real' nvcc_sizes=$sizes
-
-# The CPU kernels are in the first build, and the Python tests run each; with sanitizers a file takes minutes, so the widest
-# instruction set and the narrowest stand for all. Where only the CUDA kernels count, one will do.
+# Where only the CUDA kernels count, one instruction set of the CPU will do.
 isas=() sanitized_isas=()
 if [ "$(uname -m)" = x86_64 ]; then
   isas=(-DSPARSE_ATTN_ISAS=x86_64_v2)
-  [ "${SPARSE_ATTN_FULL:-}" = 1 ] || sanitized_isas=('-DSPARSE_ATTN_ISAS=x86_64_v4;x86_64_v2')
+  sanitized_isas=("-DSPARSE_ATTN_ISAS=$isa")
 fi
 
-say "Native tests, with sanitizers"
+say "Native tests, with sanitizers (${sanitized_isas[*]}, heads of $sizes)"
 cmake -S . -B build/native -G Ninja -DSPARSE_ATTN_TORCH=OFF -DSPARSE_ATTN_NATIVE_TESTS=ON \
   -DSPARSE_ATTN_SANITIZE=ON -DSPARSE_ATTN_WERROR=ON "-DSPARSE_ATTN_HEAD_SIZES=$sizes" "${sanitized_isas[@]}" >/dev/null
 cmake --build build/native --parallel "$jobs"
@@ -53,7 +55,7 @@ if command -v nvcc >/dev/null; then
   say "CUDA kernels, with nvcc for $architectures"
   cmake -S . -B build/cuda -G Ninja -DSPARSE_ATTN_TORCH=OFF -DSPARSE_ATTN_CUDA=ON -DSPARSE_ATTN_WERROR=ON \
     "-DCMAKE_CUDA_ARCHITECTURES=$architectures" -DCMAKE_CUDA_FLAGS=-Xptxas=-v \
-    "-DSPARSE_ATTN_HEAD_SIZES=$nvcc_sizes" "${isas[@]}" >/dev/null
+    "-DSPARSE_ATTN_HEAD_SIZES=$sizes" "${isas[@]}" >/dev/null
   # From the start: what a build prints of registers is not kept.
   cmake --build build/cuda --parallel "$jobs" --clean-first --target sparse_attn_cuda >build/cuda.log 2>&1 ||
     { tail -n 50 build/cuda.log && exit 1; }
@@ -89,14 +91,14 @@ cmake -S . -B build/emulated -G Ninja -DSPARSE_ATTN_EMULATE_CUDA=ON -DSPARSE_ATT
 cmake --build build/emulated --parallel "$jobs"
 some='test_cuda or tensor_patterns or index_attention or head_dims or global_mask or gqa or ends_are_aligned'
 [ "${SPARSE_ATTN_FULL:-}" = 1 ] && some=
-SPARSE_ATTN_LIBRARY=$PWD/build/emulated/libsparse_attn.so "$python" -m pytest -q -k "$some" tests/test_cuda.py \
+SPARSE_ATTN_LIBRARY=$PWD/build/emulated/libsparse_attn.so "$python" -m pytest -q -n "$jobs" -k "$some" tests/test_cuda.py \
   tests/test_tensor_patterns.py tests/test_index_attention.py tests/test_attention.py
 
 say "Hugging Face's models of transformers 4"
 older=build/transformers4
 [ -d "$older/transformers" ] ||
   "$python" -m pip install --quiet --no-deps --target "$older" -r requirements/transformers4.txt
-PYTHONPATH=$older "$python" -m pytest -q tests/test_huggingface_*.py
+PYTHONPATH=$older "$python" -m pytest -q -n "$jobs" tests/test_huggingface_*.py
 
 say "Python tests"
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n "$jobs" "$@"
