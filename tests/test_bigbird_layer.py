@@ -272,11 +272,20 @@ def test_compiles_as_one_graph(compat, training):
 def test_op_of_the_tables():
     op = torch.ops.sparse_attn._hugging_face_blocks.default
     for training in (False, True):
-        torch.library.opcheck(op, (BLOCK, 3, HEADS, 0, 4096, 64, training, DEVICE))
-    first = op(BLOCK, 3, HEADS, 0, 4096, 64, True, DEVICE)
+        torch.library.opcheck(op, (BLOCK, 3, HEADS, 0, 4096, 64, training, str(DEVICE)))
+    first = op(BLOCK, 3, HEADS, 0, 4096, 64, True, str(DEVICE))
     expected = first.clone()
     first.zero_()  # a compiler may reuse what an op returns
-    assert torch.equal(op(BLOCK, 3, HEADS, 0, 4096, 64, True, DEVICE), expected)
+    assert torch.equal(op(BLOCK, 3, HEADS, 0, 4096, 64, True, str(DEVICE)), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("compat", [None, "huggingface"])
+def test_traces(compat):
+    layer = make(compat=compat).eval()
+    traced = torch.jit.trace(layer, stream(1, 64))
+    assert torch.equal(traced(stream(2, 64)), layer(stream(2, 64)))
 
 
 @pytest.mark.parametrize("compat", [None, "huggingface"])
