@@ -2,24 +2,25 @@
 
 import gzip
 import importlib.util
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import example_scripts
 import numpy as np
 import pytest
 import torch
+from example_scripts import EXAMPLES, train_whole_and_resumed
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from dna.baseline import markov_bits, words  # noqa: E402
-from dna.data import complement, load_genome, read_fasta, strand_batch  # noqa: E402
-from dna.model import Config, DnaModel  # noqa: E402
-from dna.plots import context_curve  # noqa: E402
-from dna.training import Settings, Trainer  # noqa: E402
-from long_text.data import Corpus, DataError  # noqa: E402
-from long_text.training import load_checkpoint  # noqa: E402
+from dna.baseline import markov_bits, words
+from dna.data import complement, load_genome, read_fasta, strand_batch
+from dna.model import Config, DnaModel
+from dna.plots import context_curve
+from dna.training import Settings, Trainer
+from long_text.data import Corpus, DataError
+from long_text.training import load_checkpoint
 
 LENGTH = 256
 TINY = Config(length=LENGTH, layers=2, width=16, heads=2, window=8, landmark=64)
@@ -145,20 +146,14 @@ def test_context_curve_covers_all_bases():
 
 
 def test_resuming_goes_on_as_if_it_had_not_stopped(tmp_path):
-    whole, first, second = (Trainer(TINY, Settings(steps=6), genome()) for _ in range(3))
-    expected = [whole.train_step() for _ in range(6)]
-    losses = [first.train_step() for _ in range(3)]
-    first.save(tmp_path / "checkpoint.pt")
-    second.restore(load_checkpoint(tmp_path / "checkpoint.pt"))
-    losses += [second.train_step() for _ in range(3)]
+    def make():
+        return Trainer(TINY, Settings(steps=6), genome())
+
+    *_, expected, losses = train_whole_and_resumed(make, load_checkpoint, tmp_path)
     assert losses == expected
 
 
-def run(*arguments: str, status: int = 0) -> str:
-    command = [sys.executable, EXAMPLES / "train_dna.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
+run = partial(example_scripts.run, "train_dna.py")
 
 
 def test_whole_run(tmp_path):

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from example_scripts import EXAMPLES, train_whole_and_resumed
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPT = EXAMPLES / "train_long_text.py"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -122,12 +121,11 @@ def test_baseline_codes_uniform_bytes_in_eight_bits_and_learns_an_order():
 def test_resuming_goes_on_as_if_it_had_not_stopped(tmp_path):
     corpus = load_corpus(None, 256)
     config, settings = Config(**TOY, buckets=64), Settings(length=256, steps=6)
-    whole, first, second = (Trainer(config, settings, corpus) for _ in range(3))
-    expected = [whole.train_step() for _ in range(6)]
-    losses = [first.train_step() for _ in range(3)]
-    first.save(tmp_path / "checkpoint.pt")
-    second.restore(load_checkpoint(tmp_path / "checkpoint.pt"))
-    losses += [second.train_step() for _ in range(3)]
+
+    def make() -> Trainer:
+        return Trainer(config, settings, corpus)
+
+    whole, second, expected, losses = train_whole_and_resumed(make, load_checkpoint, tmp_path)
     assert losses == expected
     assert second.history.train == whole.history.train == expected
     assert second.history.gradient_norms == whole.history.gradient_norms

@@ -1,17 +1,17 @@
 """The fine-tuning example: its documents, and equal losses before and after the swap."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
+import example_scripts
 import pytest
 import torch
+from example_scripts import EXAMPLES
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from finetune.data import (  # noqa: E402
+from finetune.data import (
     CLS,
     EACH,
     FIRST_BYTE,
@@ -21,9 +21,9 @@ from finetune.data import (  # noqa: E402
     encode,
     load_documents,
 )
-from finetune.measure import Settings, accuracy, build_model, losses  # noqa: E402
+from finetune.measure import Settings, accuracy, build_model, losses
 
-import sparse_attn  # noqa: E402
+import sparse_attn
 
 TINY = Settings(length=300, window=32, layers=2, width=32, heads=2, steps=5)
 OPTIONS = [word for name in ("length", "window", "layers", "width", "heads", "steps")
@@ -74,11 +74,7 @@ def test_accuracy_counts(documents):
     assert accuracy(model, documents[1]) == 1 / len(KINDS)
 
 
-def run(*arguments: str, status: int = 0) -> str:
-    command = [sys.executable, EXAMPLES / "finetune_longformer.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
+run = partial(example_scripts.run, "finetune_longformer.py")
 
 
 def test_whole_run(tmp_path):

@@ -1,22 +1,22 @@
 """The image example: causal, its coding one to one, its baseline a proper code, resumable."""
 
-import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
+import example_scripts
 import numpy as np
 import pytest
 import torch
+from example_scripts import EXAMPLES, train_whole_and_resumed
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from images.baseline import histogram_bits  # noqa: E402
-from images.coding import residuals  # noqa: E402
-from images.data import Photos, load_photos, training_crops  # noqa: E402
-from images.model import Config, build_model  # noqa: E402
-from images.training import Settings, Trainer  # noqa: E402
-from long_text.training import load_checkpoint  # noqa: E402
+from images.baseline import histogram_bits
+from images.coding import residuals
+from images.data import Photos, load_photos, training_crops
+from images.model import Config, build_model
+from images.training import Settings, Trainer
+from long_text.training import load_checkpoint
 
 SIDE = 12
 TINY = Config(side=SIDE, layers=2, width=16, heads=2)
@@ -96,20 +96,14 @@ def test_recomputation_changes_no_number():
 
 
 def test_resuming_goes_on_as_if_it_had_not_stopped(tmp_path):
-    whole, first, second = (Trainer(TINY, Settings(steps=6), photos()) for _ in range(3))
-    expected = [whole.train_step() for _ in range(6)]
-    losses = [first.train_step() for _ in range(3)]
-    first.save(tmp_path / "checkpoint.pt")
-    second.restore(load_checkpoint(tmp_path / "checkpoint.pt"))
-    losses += [second.train_step() for _ in range(3)]
+    def make():
+        return Trainer(TINY, Settings(steps=6), photos())
+
+    *_, expected, losses = train_whole_and_resumed(make, load_checkpoint, tmp_path)
     assert losses == expected
 
 
-def run(*arguments: str, status: int = 0) -> str:
-    command = [sys.executable, EXAMPLES / "train_images.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
+run = partial(example_scripts.run, "train_images.py")
 
 
 def test_whole_run(tmp_path):

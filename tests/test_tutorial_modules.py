@@ -1,25 +1,20 @@
 """The tutorials' modules: their interfaces, their masks, and never a NaN."""
 
-import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
+import example_scripts
 import pytest
 import torch
+from example_scripts import EXAMPLES
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from tutorial_modules import DroppingAttention, KeepingAttention, NeighborAttention  # noqa: E402
+from tutorial_modules import DroppingAttention, KeepingAttention, NeighborAttention
 
-from sparse_attn import RandomTokens, Window  # noqa: E402
+from sparse_attn import RandomTokens, Window
 
-
-def run(*arguments: str, status: int = 0) -> str:
-    command = [sys.executable, EXAMPLES / "tutorial_modules.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
+run = partial(example_scripts.run, "tutorial_modules.py")
 
 
 def test_one_number_is_a_share_dropped_and_one_a_share_kept():
