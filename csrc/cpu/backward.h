@@ -108,7 +108,7 @@ class PairGradients {
     const Operand<T, true> key{now_.key.data, now_.key.stride},
         value{now_.value.data, now_.value.stride};
     const T* query = rows_.query.columns();
-    if (modifiers_.shape()) {
+    if (modifiers_.shapes()) {
       gemm(now_.count, rows_.vectors, rows_.query.size(), key, query, kMaxTile,
            SetTo<T>{probabilities_, kMaxTile});
       modifiers_.shape(probabilities_, slopes_, rows_.vectors, now_.words, rows_.lse);
@@ -124,13 +124,13 @@ class PairGradients {
       gemm(now_.count, rows_.vectors, rows_.grad_output.size(), value, rows_.grad_output.columns(),
            kMaxTile, gradients);
     };
-    if (modifiers_.drop()) {
+    if (modifiers_.drops()) {
       by_logits(DroppedLogitGradients<T>{logits, probabilities_,
                                          modifiers_.mark_dropped(probabilities_)});
     } else {
       by_logits(logits);
     }
-    if (modifiers_.shape()) modifiers_.multiply(ds_, slopes_, rows_.vectors);
+    if (modifiers_.shapes()) modifiers_.multiply(ds_, slopes_, rows_.vectors);
     gemm(rows_.query.size(), rows_.vectors, now_.count,
          Operand<T, false>{now_.key.data, now_.key.stride}, ds_, kMaxTile,
          AddTo<T>{grad_query, kMaxTile});

@@ -216,7 +216,7 @@ class Forward {
     if (!scratch.keys.get(key_tile, mask, keys)) return;
     const Operand<T, true> key{keys.key.data, keys.key.stride};
     TileModifiers<T>& modifiers = scratch.modifiers;
-    if (keys.words && !modifiers.shape()) {
+    if (keys.words && !modifiers.shapes()) {
       gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
            SetMasked<T>{scratch.logits, keys.words});
     } else {
@@ -224,9 +224,9 @@ class Forward {
            SetTo<T>{scratch.logits, kMaxTile});
     }
     if (modifiers.exist()) modifiers.set_keys(scratch.keys.tile(key_tile), plan.token_list);
-    if (modifiers.shape()) modifiers.shape(scratch.logits, vectors, keys.words);
+    if (modifiers.shapes()) modifiers.shape(scratch.logits, vectors, keys.words);
     softmax_update(scratch.logits, keys.count, vectors, *state.softmax, scratch.rescale);
-    if (modifiers.drop()) modifiers.drop_from(scratch.logits);
+    if (modifiers.drops()) modifiers.drop(scratch.logits);
     gemm(dv_, vectors, keys.count, Operand<T, false>{keys.value.data, keys.value.stride},
          scratch.logits, kMaxTile, Accumulate<T>{state.output, scratch.rescale});
   }

@@ -43,10 +43,10 @@ class HeadModifiers {
     return !drops_ ? T{1} : rule_.keeps(head, query, key) ? factor_ : T{0};
   }
 
-  /// Calls visit(at, factor) for each pair of a tile, with that factor. Rows lie side by side, for
-  /// a loop that the compiler makes SIMD.
+  /// Calls visit(at, keep) for each pair of a tile. Rows lie side by side, for a loop that the
+  /// compiler makes SIMD.
   template <class Visit>
-  SPARSE_ATTN_INLINE void for_each_kept(const PlaceOfPairs& place, const Visit& visit) const {
+  SPARSE_ATTN_INLINE void for_each_draw(const PlaceOfPairs& place, const Visit& visit) const {
     constexpr int64_t kRun = sparse_attn::kDropoutKeys;
     uint32_t words[4][kMaxTile];
     int64_t run = -1;
@@ -103,14 +103,14 @@ class TileModifiers {
     exist_ = params.modifiers.any();
     if (!exist_) return;
     of_head_.start(params, head);
-    shape_ = of_head_.gate.exists() || of_head_.bias.exists() || of_head_.cap > T{0};
+    shapes_ = of_head_.gate.exists() || of_head_.bias.exists() || of_head_.cap > T{0};
     place_.offset = params.n_k - params.n_q;
     place_.head = head;
   }
   bool exist() const { return exist_; }
   /// Whether they change scores, and whether they drop probabilities.
-  bool shape() const { return exist_ && shape_; }
-  bool drop() const { return exist_ && of_head_.drops(); }
+  bool shapes() const { return exist_ && shapes_; }
+  bool drops() const { return exist_ && of_head_.drops(); }
 
   void set_rows(const Tile& tile, const int64_t* list) {
     if (exist_) place_.set_rows(tile, list);
@@ -150,22 +150,22 @@ class TileModifiers {
     });
   }
 
-  void drop_from(T* probabilities) const {
+  void drop(T* probabilities) const {
     const T factor = of_head_.factor();
-    of_head_.for_each_kept(place_, [=](int at, bool keep) {
+    of_head_.for_each_draw(place_, [=](int at, bool keep) {
       probabilities[at] = keep ? probabilities[at] * factor : T{0};
     });
   }
   /// Gives those to drop a minus, and what the others are to be multiplied by.
   T mark_dropped(T* probabilities) const {
-    of_head_.for_each_kept(place_, [=](int at, bool keep) {
+    of_head_.for_each_draw(place_, [=](int at, bool keep) {
       probabilities[at] = keep ? probabilities[at] : -probabilities[at];
     });
     return of_head_.factor();
   }
 
  private:
-  bool exist_ = false, shape_ = false;
+  bool exist_ = false, shapes_ = false;
   HeadModifiers<T> of_head_;
   PlaceOfPairs place_{};
   T* gate_;

@@ -114,7 +114,7 @@ class PairTile {
       bias_dot = bias_table_dot_.load(place_, T{0}, bias_dot_);
     }
     if (of_head_.drops()) {
-      of_head_.for_each_kept(
+      of_head_.for_each_draw(
           place_, [this](int at, bool keep) { kept_[at] = keep ? of_head_.factor() : T{0}; });
       kept = kept_;
     }
