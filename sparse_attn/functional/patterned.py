@@ -1,4 +1,4 @@
-"""Attention as functions."""
+"""Softmax attention over a pattern or over listed keys."""
 
 from __future__ import annotations
 

@@ -1,0 +1,6 @@
+"""Attention as functions: over a pattern, over keys that the content chooses, by low rank, by
+feature maps."""
+
+from sparse_attn.functional.patterned import attention, index_attention
+
+__all__ = ["attention", "index_attention"]

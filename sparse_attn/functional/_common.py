@@ -1,0 +1,102 @@
+"""What the functions of this folder share: the checks of their inputs and options."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_attn.patterns import Causal, Full, Pattern
+
+# Options of `attention` that leave the logits alone: functions that choose keys by them pass these.
+_OPTIONS = ("dropout_p", "dropout_seed", "enable_gqa", "return_lse", "return_weights", "sink")
+
+
+def visible(is_causal: bool) -> Pattern:
+    """The pattern of what a query may see before its content decides."""
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"sparse_attn: expected is_causal to be True or False, got {is_causal!r}")
+    return Causal() if is_causal else Full()
+
+
+def check_options(function: str, options: dict[str, Any]) -> None:
+    """Raise TypeError, as Python does, for options that a function does not pass to `attention`."""
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(
+                f"sparse_attn: expected the options of {function} to be among "
+                f"{', '.join(_OPTIONS)}, got {name}"
+            )
+
+
+def scale_of(scale: float | None, head_dim: int) -> float:
+    """The factor of the products: 1 / √head_dim if None."""
+    if scale is None:
+        return 1 / math.sqrt(max(head_dim, 1))
+    if isinstance(scale, Tensor) or not hasattr(scale, "__float__"):
+        raise TypeError(f"sparse_attn: expected scale to be a number, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"sparse_attn: expected scale to be finite, got {scale}")
+    return float(scale)
+
+
+def check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    enable_gqa: bool = False,
+) -> None:
+    """Raise TypeError or ValueError unless the tensors fit each other as in `attention`."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"sparse_attn: expected {name} to be a Tensor, got {type(tensor).__name__}"
+            )
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"sparse_attn: expected {name} of shape (batch, heads, length, size), got "
+                f"{tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point() or tensor.dtype != query.dtype:
+            wanted = "a floating-point dtype" if name == "query" else f"dtype {query.dtype}"
+            raise TypeError(f"sparse_attn: expected {name} of {wanted}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(
+                f"sparse_attn: expected {name} on device {query.device}, got {tensor.device}"
+            )
+    batch, heads, _, size = query.shape
+    heads_kv = key.shape[1] if enable_gqa else heads
+    if enable_gqa and (heads_kv == 0 or heads % heads_kv):
+        raise ValueError(
+            f"sparse_attn: expected key with heads that divide query's {heads}, got {heads_kv}"
+        )
+    if size == 0:
+        raise ValueError("sparse_attn: expected query with a size of at least 1, got 0")
+    _check_shape("key", key, (batch, heads_kv, key.shape[2], size))
+    _check_shape("value", value, (batch, heads_kv, key.shape[2], value.shape[3]))
+    if key_padding_mask is not None:
+        check_padding(key_padding_mask, key)
+
+
+def check_padding(key_padding_mask: Tensor, key: Tensor) -> None:
+    """Raise TypeError or ValueError unless the mask is (batch, n_k) bool, on key's device."""
+    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+        what = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
+        raise TypeError(f"sparse_attn: expected key_padding_mask to be a bool Tensor, got {what}")
+    _check_shape("key_padding_mask", key_padding_mask, (key.shape[0], key.shape[2]))
+    if key_padding_mask.device != key.device:
+        raise ValueError(
+            f"sparse_attn: expected key_padding_mask on device {key.device}, got "
+            f"{key_padding_mask.device}"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"sparse_attn: expected {name} of shape {shape}, got {tuple(tensor.shape)}"
+        )
