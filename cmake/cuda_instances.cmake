@@ -11,7 +11,7 @@ set(SPARSE_ATTN_LARGEST_TF32_HEAD 128) # beyond, the tiles do not fit shared mem
 function(sparse_attn_add_cuda library)
   cmake_parse_arguments(arg "" "LANGUAGE" "SOURCES" ${ARGN})
   set(root ${sparse_attn_SOURCE_DIR}/csrc/cuda)
-  set_source_files_properties(${root}/simt.cu ${root}/simt_along.cu ${root}/mma.cu ${root}/evaluate.cu
+  set_source_files_properties(${root}/simt.cu ${root}/simt_along.cu ${root}/mma.cu ${root}/evaluate.cu ${root}/linear.cu
                               PROPERTIES LANGUAGE ${arg_LANGUAGE})
   add_library(${library} STATIC ${root}/run.cpp ${root}/tables.cpp ${root}/dispatch.cpp ${root}/evaluate.cu
               ${arg_SOURCES})
@@ -19,6 +19,7 @@ function(sparse_attn_add_cuda library)
   foreach(scalar float32 float64 bfloat16 float16)
     sparse_attn_add_cuda_part(${library}_simt_${scalar} simt.cu ${scalar})
     sparse_attn_add_cuda_part(${library}_simt_along_${scalar} simt_along.cu ${scalar})
+    sparse_attn_add_cuda_part(${library}_linear_${scalar} linear.cu ${scalar})
   endforeach()
   set(instances)
   set(tensor_core_scalars ${SPARSE_ATTN_TENSOR_CORE_SCALARS})

@@ -12,14 +12,17 @@ from sparse_attn import functional, huggingface, nn
 from sparse_attn.cache import KVCache
 from sparse_attn.functional import attention
 from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, plan_info
+from sparse_attn.linear_state import LinearState
 from sparse_attn.merging import merge
 from sparse_attn.nn import (
     BigBirdSelfAttention,
     ETCSelfAttention,
+    LinearSelfAttention,
     LongformerEncoder,
     LongformerLayer,
     LongformerSelfAttention,
     MultiheadAttention,
+    PerformerSelfAttention,
     RelativePositionGenerator,
     SparseSelfAttention,
     SparseTransformerBlock,
@@ -74,6 +77,8 @@ __all__ = [
     "Intersection",
     "KVCache",
     "KeyLists",
+    "LinearSelfAttention",
+    "LinearState",
     "LocalBlocks",
     "LongformerEncoder",
     "LongformerLayer",
@@ -82,6 +87,7 @@ __all__ = [
     "MultiheadAttention",
     "Pattern",
     "PerHead",
+    "PerformerSelfAttention",
     "Radial",
     "RandomBlocks",
     "RandomTokens",

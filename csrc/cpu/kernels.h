@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "linear_params.h"
 #include "pair_params.h"
 #include "params.h"
 
@@ -12,6 +13,14 @@ namespace sparse_attn::cpu {
 struct Kernel {
   std::int64_t (*workspace)(const AttentionParams&, int threads);
   void (*run)(const AttentionParams&, const Parallel&);
+};
+
+/// Of linear attention. Features are float32 or float64.
+struct LinearKernels {
+  std::int64_t (*products_workspace)(const ProductParams&, int threads);
+  void (*products)(const ProductParams&, const Parallel&);
+  void (*features)(const FeatureParams&, const Parallel&);
+  void (*features_backward)(const FeatureParams&, const Parallel&);
 };
 
 struct Kernels {
@@ -26,6 +35,8 @@ struct Kernels {
   void (*pair_products)(const PairParams&, const Parallel&);
   void (*pair_sums)(const PairParams&, const Parallel&);
   void (*pair_column_sums)(const PairParams&, const Parallel&);
+
+  const LinearKernels* linear;
 };
 
 /// The kernels of the best instruction set of this machine, or of the one named in SPARSE_ATTN_ISA.

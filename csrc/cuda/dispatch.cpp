@@ -8,6 +8,7 @@
 
 #include "cuda/along.h"
 #include "cuda/kernels.h"
+#include "cuda/linear.h"
 
 namespace sparse_attn::cuda {
 
@@ -20,6 +21,11 @@ AlongKernels simt_along_float32(const Kernels& portable);
 AlongKernels simt_along_float64(const Kernels& portable);
 AlongKernels simt_along_bfloat16(const Kernels& portable);
 AlongKernels simt_along_float16(const Kernels& portable);
+
+LinearKernels linear_float32();
+LinearKernels linear_float64();
+LinearKernels linear_bfloat16();
+LinearKernels linear_float16();
 
 #define X(scalar, size) Kernels mma_##scalar##_##size(const Kernels& portable);
 SPARSE_ATTN_MMA_INSTANCES
@@ -82,6 +88,22 @@ const AlongKernels& along_kernels_for(DataType type) {
                             float64 = simt_along_float64(simt_float64()),
                             bfloat16 = simt_along_bfloat16(simt_bfloat16()),
                             float16 = simt_along_float16(simt_float16());
+  switch (type) {
+    case DataType::kFloat64:
+      return float64;
+    case DataType::kBFloat16:
+      return bfloat16;
+    case DataType::kFloat16:
+      return float16;
+    case DataType::kFloat32:
+      break;
+  }
+  return float32;
+}
+
+const LinearKernels& linear_kernels_for(DataType type) {
+  static const LinearKernels float32 = linear_float32(), float64 = linear_float64(),
+                             bfloat16 = linear_bfloat16(), float16 = linear_float16();
   switch (type) {
     case DataType::kFloat64:
       return float64;

@@ -2,6 +2,7 @@
 
 from sparse_attn.nn.bigbird import BigBirdSelfAttention
 from sparse_attn.nn.etc import ETCSelfAttention, RelativePositionGenerator
+from sparse_attn.nn.linear import LinearSelfAttention, PerformerSelfAttention
 from sparse_attn.nn.longformer import LongformerSelfAttention
 from sparse_attn.nn.longformer_layers import LongformerEncoder, LongformerLayer
 from sparse_attn.nn.multihead import MultiheadAttention
@@ -12,10 +13,12 @@ from sparse_attn.nn.sparse_transformer import SparseTransformerBlock
 __all__ = [
     "BigBirdSelfAttention",
     "ETCSelfAttention",
+    "LinearSelfAttention",
     "LongformerEncoder",
     "LongformerLayer",
     "LongformerSelfAttention",
     "MultiheadAttention",
+    "PerformerSelfAttention",
     "RelativePositionGenerator",
     "SparseSelfAttention",
     "SparseTransformerBlock",

@@ -1,0 +1,127 @@
+// The ops of linear attention on the CPU.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+#include "ops/linear.h"
+#include "ops/tensors.h"
+#include "ops/threads.h"
+
+namespace sparse_attn {
+namespace {
+
+const cpu::LinearKernels& kernels_of(DataType type) {
+  return *with_value_errors([&]() -> const cpu::Kernels& { return cpu::kernels(type); }).linear;
+}
+
+at::Tensor products_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                        bool reverse) {
+  check_causal_products(query, key, value);
+  const at::Tensor output = empty_causal_products(query, value);
+  if (output.numel() == 0) return output;
+  if (key.numel() == 0) return output.zero_();
+  const at::Tensor rows = with_unit_stride(query), columns = with_unit_stride(key),
+                   values = with_unit_stride(value);
+  ProductParams params;
+  params.dtype = data_type(query.scalar_type());
+  params.reverse = reverse;
+  params.batch = query.size(0);
+  params.heads = query.size(1);
+  params.n_q = query.size(2);
+  params.n_k = key.size(2);
+  params.size = query.size(3);
+  params.value_dim = value.size(3);
+  params.query = const_view(rows);
+  params.key = const_view(columns);
+  params.value = const_view(values);
+  params.output = view(output);
+  const cpu::LinearKernels& kernels = kernels_of(params.dtype);
+  const Parallel parallel = torch_threads();
+  const at::Tensor workspace =
+      at::empty({kernels.products_workspace(params, parallel.threads)}, at::kByte);
+  params.workspace = workspace.mutable_data_ptr();
+  kernels.products(params, parallel);
+  return output;
+}
+
+/// What both directions share; the tensors are contiguous.
+FeatureParams params_of(const at::Tensor& features, const at::Tensor& padding,
+                        const at::Tensor& index, const FeatureOptions& options) {
+  FeatureParams params;
+  params.dtype = data_type(features.scalar_type());
+  params.reference = options.reference;
+  params.batch = features.size(0);
+  params.heads = features.size(1);
+  params.n = features.size(2);
+  params.count = features.size(3);
+  params.scale = options.scale;
+  params.factor = feature_factor(features.size(3));
+  params.eps = feature_eps(options);
+  if (padding.defined()) {
+    params.padding = static_cast<const std::uint8_t*>(padding.const_data_ptr());
+  }
+  params.features = features.mutable_data_ptr();
+  params.index = index.mutable_data_ptr<std::int64_t>();
+  return params;
+}
+
+at::Tensor contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->contiguous() : at::Tensor();
+}
+
+FeatureOutputs features_cpu(const at::Tensor& input, const at::Tensor& projection,
+                            const std::optional<at::Tensor>& padding, std::int64_t reference,
+                            double scale, double eps) {
+  const FeatureOptions options{padding, static_cast<Reference>(reference), scale, eps};
+  check_features(input, projection, options);
+  const at::Tensor rows = input.contiguous(), ignored = contiguous(padding);
+  const at::Tensor features = feature_products(rows, projection, scale).contiguous();
+  const at::Tensor sums = at::empty(features.sizes().slice(0, 3), features.options());
+  const at::Tensor maximum = at::empty_like(sums),
+                   index = at::empty_like(sums, sums.options().dtype(at::kLong)),
+                   constant = at::zeros(features.sizes().slice(0, 2), features.options());
+  if (features.numel() > 0) {
+    FeatureParams params = params_of(features, ignored, index, options);
+    params.head_dim = input.size(3);
+    params.input = rows.const_data_ptr();
+    params.sums = sums.mutable_data_ptr();
+    params.maximum = maximum.mutable_data_ptr();
+    params.constant = constant.mutable_data_ptr();
+    kernels_of(params.dtype).features(params, torch_threads());
+  }
+  return {features, sums, maximum, constant, index};
+}
+
+FeatureGradients features_backward_cpu(const at::Tensor& grad_features,
+                                       const std::optional<at::Tensor>& grad_sums,
+                                       const std::optional<at::Tensor>& grad_maximum,
+                                       const at::Tensor& features, const at::Tensor& index,
+                                       const std::optional<at::Tensor>& padding,
+                                       std::int64_t reference, double eps) {
+  const FeatureOptions options{padding, static_cast<Reference>(reference), 1.0, eps};
+  const at::Tensor grad = grad_features.contiguous(), made = features.contiguous(),
+                   places = index.contiguous(), ignored = contiguous(padding),
+                   of_sums = contiguous(grad_sums), of_maximum = contiguous(grad_maximum);
+  const at::Tensor products = at::empty_like(made),
+                   norms = at::empty(index.sizes(), made.options());
+  if (made.numel() > 0) {
+    FeatureParams params = params_of(made, ignored, places, options);
+    params.grad_features = grad.const_data_ptr();
+    if (of_sums.defined()) params.grad_sums = of_sums.const_data_ptr();
+    if (of_maximum.defined()) params.grad_maximum = of_maximum.const_data_ptr();
+    params.grad_products = products.mutable_data_ptr();
+    params.grad_norms = norms.mutable_data_ptr();
+    kernels_of(params.dtype).features_backward(params, torch_threads());
+  }
+  return {products, norms};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
+  m.impl("causal_products", TORCH_FN(products_cpu));
+  m.impl("positive_features", TORCH_FN(features_cpu));
+  m.impl("positive_features_backward", TORCH_FN(features_backward_cpu));
+}
+
+}  // namespace sparse_attn

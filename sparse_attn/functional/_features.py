@@ -1,0 +1,198 @@
+"""What the functions of linear attention and the state of their decoding share: how inputs are
+prepared, feature maps, sums of products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_attn._library import ops
+from sparse_attn.functional._common import check_inputs
+
+FeatureMap = Callable[[Tensor], Tensor]
+
+#: What features of the softmax kernel are relative to: see the op positive_features.
+ROW, HEAD, RUNNING = range(3)
+
+#: Added to features, by kernel.
+KERNEL_EPS = {"softmax": 1e-4, "relu": 1e-3}
+
+
+class Inputs(NamedTuple):
+    """Tensors in the dtype of the sums, and the dtype of the result."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor  # with a last column of ones, for the normaliser
+    dtype: torch.dtype
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    enable_gqa: bool,
+) -> Inputs:
+    """Check the inputs, widen half types, and clear padded keys and values, whatever they hold."""
+    if isinstance(query, Tensor) and autocast_is_on(query) and query.dtype != torch.float64:
+        to = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (
+            x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in (query, key, value)
+        )
+    check_inputs(query, key, value, key_padding_mask, enable_gqa=enable_gqa)
+    dtype = query.dtype
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            "sparse_attn: expected query of dtype float64, float32, bfloat16 or float16, got "
+            f"{dtype}"
+        )
+    query, key, value = (x.to(sum_dtype(dtype)) for x in (query, key, value))
+    value = F.pad(value, (0, 1), value=1.0)
+    if key_padding_mask is not None:
+        padded = rows_of(key_padding_mask)
+        key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
+    return Inputs(query, key, value, dtype)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_of(key_padding_mask: Tensor) -> Tensor:
+    """The mask for tensors (batch, heads, n_k, …)."""
+    return key_padding_mask[:, None, :, None]
+
+
+def autocast_is_on(like: Tensor) -> bool:
+    return torch.is_autocast_enabled(like.device.type)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """Products of features keep the dtype of the sums."""
+    if not autocast_is_on(like):
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+def apply_map(feature_map: FeatureMap, name: str, x: Tensor) -> Tensor:
+    """The features of `x`, checked."""
+    features = feature_map(x)
+    if not isinstance(features, Tensor):
+        raise TypeError(
+            f"sparse_attn: expected feature_map to give a Tensor, got {type(features).__name__}"
+        )
+    if features.shape[:-1] != x.shape[:-1] or features.dim() != 4 or features.shape[-1] == 0:
+        raise ValueError(
+            f"sparse_attn: expected feature_map to give features of {name} of shape "
+            f"{(*x.shape[:-1], 'm')}, got {tuple(features.shape)}"
+        )
+    return features.to(x.dtype)
+
+
+def map_features(
+    feature_map: FeatureMap, query: Tensor, key: Tensor, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Features of query and key, those of padded keys 0."""
+    of_query, of_key = apply_map(feature_map, "query", query), apply_map(feature_map, "key", key)
+    if of_query.shape[-1] != of_key.shape[-1]:
+        raise ValueError(
+            "sparse_attn: expected feature_map to give as many features of key as of query, "
+            f"{of_query.shape[-1]}, got {of_key.shape[-1]}"
+        )
+    if key_padding_mask is not None:
+        of_key = of_key.masked_fill(rows_of(key_padding_mask), 0)
+    return of_query, of_key
+
+
+def by_group(query: Tensor, heads_kv: int) -> Tensor:
+    """(batch, heads, …) to (batch, heads_kv, group, …)."""
+    return query.unflatten(1, (heads_kv, query.shape[1] // max(heads_kv, 1)))
+
+
+def all_products(query: Tensor, sums: Tensor) -> Tensor:
+    """query · sums, for heads of the query in groups."""
+    if query.shape[1] == sums.shape[1]:
+        return query @ sums
+    return (by_group(query, sums.shape[1]) @ sums.unsqueeze(2)).flatten(1, 2)
+
+
+def causal_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Σ (query[i] · key[j]) value[j] over the keys up to the query's own, of heads in groups."""
+    heads = query.shape[1]
+    return ops.causal_products(query, expand_heads(key, heads), expand_heads(value, heads))
+
+
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, heads_kv, …) to (batch, heads, …): every group of queries gets its own copy."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def normalise(sums: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The sums of values divided by the last column, that of the weights, and eps; 0 without
+    keys."""
+    weight = sums[..., -1:] + eps if eps else sums[..., -1:]
+    return (sums[..., :-1] / weight.masked_fill(weight == 0, 1)).to(dtype)
+
+
+def check_eps(eps: float) -> float:
+    if isinstance(eps, Tensor) or not hasattr(eps, "__float__"):
+        raise TypeError(f"sparse_attn: expected eps to be a number, got {eps!r}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"sparse_attn: expected eps to be finite and at least 0, got {eps}")
+    return float(eps)
+
+
+def check_flag(name: str, flag: bool) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"sparse_attn: expected {name} to be True or False, got {flag!r}")
+
+
+# ---- random projections -------------------------------------------------------------------------
+
+
+def default_num_features(head_dim: int) -> int:
+    """D ln D, as of Choromanski et al."""
+    return max(1, int(head_dim * math.log(head_dim)))
+
+
+def draw_orthogonal(shape: tuple[int, ...], norms: str, generator: torch.Generator) -> Tensor:
+    """Rows of (…, features, size), in blocks of `size` orthogonal ones; float64, on the CPU."""
+    count, size = shape[-2:]
+    blocks = -(-count // size)
+    options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    square = torch.randn(*shape[:-2], blocks, size, size, **options)
+    q, r = torch.linalg.qr(square)
+    # Signs that make Q uniform over the orthogonal matrices (Mezzadri 2007).
+    q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+    rows = q.mT.flatten(-3, -2)[..., :count, :]
+    if norms == "sqrt":
+        return rows * math.sqrt(size)
+    return rows * torch.randn(*shape, **options).norm(dim=-1, keepdim=True)
+
+
+@lru_cache(maxsize=64)
+def _drawn(shape: tuple[int, ...], norms: str, seed: int) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return draw_orthogonal(shape, norms, torch.Generator("cpu").manual_seed(seed))
+
+
+@torch.compiler.assume_constant_result
+def drawn(
+    shape: tuple[int, ...], norms: str, seed: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The rows that a seed gives, the same on every device."""
+    return _drawn(shape, norms, seed).to(device=device, dtype=dtype, copy=True)
