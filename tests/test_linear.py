@@ -1,6 +1,7 @@
 """linear_attention and performer_attention against their dense definitions."""
 
 import math
+from functools import partial
 
 import cases
 import linear_reference as reference
@@ -23,16 +24,17 @@ def projection(count: int = 40, head_dim: int = 16, heads: int | None = None, dt
 
 
 def performer_pair(weights, padding=None, is_causal=False, eps=1e-4):
-    """The function and its definition."""
+    """The function, and its definition in two forms."""
     options = {"is_causal": is_causal, "eps": eps}
 
     def ours(*x):
         given = weights.to(x[0].dtype)
         return performer_attention(*x, projection=given, key_padding_mask=padding, **options)
 
-    def definition(*x):
+    def definition(*x, form=reference.by_pairs):
         scale = x[0].shape[-1] ** -0.5
-        return reference.performer(*x, weights.to(x[0].dtype), scale, padding=padding, **options)
+        given = weights.to(x[0].dtype)
+        return reference.performer(*x, given, scale, padding=padding, form=form, **options)
 
     return ours, definition
 
@@ -41,8 +43,13 @@ def linear_pair(padding=None, is_causal=False):
     options = {"is_causal": is_causal}
     return (
         lambda *x: linear_attention(*x, key_padding_mask=padding, **options),
-        lambda *x: reference.linear(*x, padding=padding, **options),
+        lambda *x, **form: reference.linear(*x, padding=padding, **options, **form),
     )
+
+
+def check(pair, tensors):
+    ours, definition = pair
+    reference.check(ours, [definition, partial(definition, form=reference.by_sums)], tensors)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -52,7 +59,7 @@ def linear_pair(padding=None, is_causal=False):
 def test_linear(lengths, padded, is_causal, dtype):
     tensors = cases.inputs(Shape(*lengths, head_dim=16, value_dim=9), dtype)
     padding = cases.padding(2, lengths[1]) if padded else None
-    reference.check(*linear_pair(padding, is_causal), tensors)
+    check(linear_pair(padding, is_causal), tensors)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -63,15 +70,21 @@ def test_performer(lengths, padded, is_causal, dtype):
     tensors = cases.inputs(Shape(*lengths, head_dim=16, value_dim=9), dtype)
     padding = cases.padding(2, lengths[1]) if padded else None
     weights = projection()
-    reference.check(*performer_pair(weights, padding, is_causal), tensors)
+    check(performer_pair(weights, padding, is_causal), tensors)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pair", [linear_pair, lambda *x: performer_pair(projection(), *x)])
 def test_half_types(pair, dtype, is_causal):
+    """As if computed in float32 and then rounded."""
     tensors = cases.inputs(Shape(70, 75, head_dim=16), dtype)
-    reference.check(*pair(cases.padding(2, 75), is_causal), tensors)
+    ours, definition = pair(cases.padding(2, 75), is_causal)
+
+    def widened(*x):
+        return definition(*(y if y.dtype == torch.float64 else y.float() for y in x)).to(x[0].dtype)
+
+    reference.check(ours, [widened], tensors)
 
 
 @given(
@@ -117,9 +130,9 @@ def test_gradcheck(is_causal):
 @pytest.mark.parametrize("mode", range(3))
 def test_features_of_the_op(mode):
     """Features, sums and maxima, of gradients that any of them may have."""
-    x = cases.normal(2, 3, 7, 5).requires_grad_()
-    weights = projection(9, 5, 3).requires_grad_()
-    padding = cases.padding(2, 7) if mode else None
+    x = cases.normal(2, 2, 4, 3).requires_grad_()
+    weights = projection(5, 3, 2).requires_grad_()
+    padding = cases.padding(2, 4) if mode else None
 
     def function(x, weights):
         features, sums, maximum, constant, _ = FEATURES(x, weights, padding, mode, 0.3, 0.01)
@@ -134,15 +147,18 @@ def test_features_of_the_op(mode):
 
 
 def test_converges_to_softmax_attention():
-    tensors = cases.inputs(Shape(40, head_dim=8), torch.float64)
-    exact = torch.nn.functional.scaled_dot_product_attention(*tensors)
+    """Sixteen times the features, about a quarter of the error."""
+    query, key, value = cases.inputs(Shape(40, head_dim=8), torch.float64)
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.1)
     errors = []
     for count in (64, 1024, 16384):
-        estimate = performer_attention(*tensors, num_features=count, eps=0)
-        errors.append((estimate - exact).square().mean().sqrt().item())
-    # Four times the features, half the error.
-    assert errors[1] < 0.5 * errors[0]
-    assert errors[2] < 0.5 * errors[1]
+        squares = [
+            performer_attention(query, key, value, num_features=count, eps=0, scale=0.1, seed=seed)
+            .sub(exact).square().mean() for seed in range(4)
+        ]  # fmt: skip
+        errors.append(torch.stack(squares).mean().sqrt().item())
+    assert errors[1] < 0.4 * errors[0]
+    assert errors[2] < 0.4 * errors[1]
     assert errors[2] < 0.02
 
 

@@ -149,9 +149,12 @@ def normalise(sums: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def check_eps(eps: float) -> float:
-    if isinstance(eps, Tensor) or not hasattr(eps, "__float__"):
+    # Of a layer it may be symbolic under torch.compile: then it has no __float__.
+    if not isinstance(eps, (float, int)) and (
+        isinstance(eps, Tensor) or not hasattr(eps, "__float__")
+    ):
         raise TypeError(f"sparse_attn: expected eps to be a number, got {eps!r}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"sparse_attn: expected eps to be finite and at least 0, got {eps}")
     return float(eps)
 
