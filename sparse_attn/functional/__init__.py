@@ -1,6 +1,7 @@
 """Attention as functions: over a pattern, over keys that the content chooses, by low rank, by
 feature maps."""
 
+from sparse_attn.functional.block_selection import block_topk_attention, choose_blocks
 from sparse_attn.functional.patterned import attention, index_attention
 
-__all__ = ["attention", "index_attention"]
+__all__ = ["attention", "block_topk_attention", "choose_blocks", "index_attention"]
