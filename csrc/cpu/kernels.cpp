@@ -48,6 +48,7 @@ void pair_column_sums(const PairParams& params, const Parallel& parallel) {
 
 namespace sparse_attn::cpu {
 
+extern const SelectionKernels SPARSE_ATTN_JOIN(selection, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR);
 extern const Kernels SPARSE_ATTN_JOIN(kernels, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR);
 const Kernels SPARSE_ATTN_JOIN(kernels, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR){
     kKernel<Forward<Scalar>>,
@@ -59,6 +60,7 @@ const Kernels SPARSE_ATTN_JOIN(kernels, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR
     Pairs<Scalar>::workspace,
     pair_products,
     pair_sums,
-    pair_column_sums};
+    pair_column_sums,
+    &SPARSE_ATTN_JOIN(selection, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR)};
 
 }  // namespace sparse_attn::cpu

@@ -5,6 +5,7 @@
 
 #include "pair_params.h"
 #include "params.h"
+#include "selection_params.h"
 
 namespace sparse_attn::cpu {
 
@@ -12,6 +13,18 @@ namespace sparse_attn::cpu {
 struct Kernel {
   std::int64_t (*workspace)(const AttentionParams&, int threads);
   void (*run)(const AttentionParams&, const Parallel&);
+};
+
+struct SelectionKernel {
+  std::int64_t (*workspace)(const SelectionParams&, int threads);
+  void (*run)(const SelectionParams&, const Parallel&);
+};
+
+/// Those of selection.cpp.
+struct SelectionKernels {
+  SelectionKernel top;    // width is k
+  SelectionKernel above;  // counts, or lists
+  SelectionKernel lse;
 };
 
 struct Kernels {
@@ -26,6 +39,8 @@ struct Kernels {
   void (*pair_products)(const PairParams&, const Parallel&);
   void (*pair_sums)(const PairParams&, const Parallel&);
   void (*pair_column_sums)(const PairParams&, const Parallel&);
+
+  const SelectionKernels* selection;
 };
 
 /// The kernels of the best instruction set of this machine, or of the one named in SPARSE_ATTN_ISA.

@@ -3,5 +3,13 @@ feature maps."""
 
 from sparse_attn.functional.block_selection import block_topk_attention, choose_blocks
 from sparse_attn.functional.patterned import attention, index_attention
+from sparse_attn.functional.selected import threshold_attention, topk_attention
 
-__all__ = ["attention", "block_topk_attention", "choose_blocks", "index_attention"]
+__all__ = [
+    "attention",
+    "block_topk_attention",
+    "choose_blocks",
+    "index_attention",
+    "threshold_attention",
+    "topk_attention",
+]
