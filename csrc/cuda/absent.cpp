@@ -4,6 +4,7 @@
 #include "cuda/along.h"
 #include "cuda/evaluate.h"
 #include "cuda/kernels.h"
+#include "cuda/selection.h"
 
 namespace sparse_attn::cuda {
 namespace {
@@ -17,6 +18,7 @@ Device use_device(int) { fail(); }
 bool is_capturing(void*) { fail(); }
 const Kernels& kernels_for(DataType, std::int64_t, bool, const Device&) { fail(); }
 const AlongKernels& along_kernels_for(DataType) { fail(); }
+const SelectionKernels& selection_kernels_for(DataType) { fail(); }
 void make_global_pass(const GlobalPass&, void*) { fail(); }
 void filter_lists(const ListFilter&, void*) { fail(); }
 
