@@ -12,10 +12,10 @@
 namespace sparse_attn {
 namespace {
 
-using TopSchema = Lists(const at::Tensor&, const at::Tensor&, c10::SymInt, const OptionalTensor&,
-                        bool, std::optional<double>, bool);
-using AboveSchema = Lists(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                          const OptionalTensor&, bool, std::optional<double>, bool);
+using TopSchema = ChosenKeys(const at::Tensor&, const at::Tensor&, c10::SymInt,
+                             const OptionalTensor&, bool, std::optional<double>, bool);
+using AboveSchema = ChosenKeys(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const OptionalTensor&, bool, std::optional<double>, bool);
 using LseSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool,
                              std::optional<double>, bool);
 
@@ -24,12 +24,12 @@ c10::TypedOperatorHandle<Schema> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
 }
 
-Lists call_top(const SelectionArguments& a, c10::SymInt k) {
+ChosenKeys call_top(const SelectionArguments& a, c10::SymInt k) {
   static const auto op = find<TopSchema>("sparse_attn::top_keys");
   return op.call(a.query, a.key, k, a.key_padding_mask, a.is_causal, a.scale, a.enable_gqa);
 }
 
-Lists call_above(const SelectionArguments& a, const at::Tensor& bounds) {
+ChosenKeys call_above(const SelectionArguments& a, const at::Tensor& bounds) {
   static const auto op = find<AboveSchema>("sparse_attn::keys_above");
   return op.call(a.query, a.key, bounds, a.key_padding_mask, a.is_causal, a.scale, a.enable_gqa);
 }
@@ -42,7 +42,7 @@ at::Tensor call_lse(const SelectionArguments& a) {
 // ---- shapes without data; how long the longest list above a bound is, Python's fake kernel says
 // --
 
-Lists top_meta(const SelectionArguments& a, c10::SymInt k) {
+ChosenKeys top_meta(const SelectionArguments& a, c10::SymInt k) {
   check_top(a, k);
   return {zeros_of_lists(a, k), zeros_of_rows(a, at::kInt)};
 }
@@ -54,12 +54,12 @@ at::Tensor lse_meta(const SelectionArguments& a) {
 
 // ---- autograd: there is none --------------------------------------------------------------------
 
-Lists top_autograd(const SelectionArguments& a, c10::SymInt k) {
+ChosenKeys top_autograd(const SelectionArguments& a, c10::SymInt k) {
   const at::AutoDispatchBelowADInplaceOrView below;
   return call_top(a, k);
 }
 
-Lists above_autograd(const SelectionArguments& a, const at::Tensor& bounds) {
+ChosenKeys above_autograd(const SelectionArguments& a, const at::Tensor& bounds) {
   const at::AutoDispatchBelowADInplaceOrView below;
   return call_above(a, bounds);
 }
@@ -81,14 +81,14 @@ SelectionArguments cast(const SelectionArguments& a) {
 }
 
 template <c10::DeviceType kDevice>
-Lists top_autocast(const SelectionArguments& a, c10::SymInt k) {
+ChosenKeys top_autocast(const SelectionArguments& a, c10::SymInt k) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
   return call_top(cast<kDevice>(a), k);
 }
 
 template <c10::DeviceType kDevice>
-Lists above_autocast(const SelectionArguments& a, const at::Tensor& bounds) {
+ChosenKeys above_autocast(const SelectionArguments& a, const at::Tensor& bounds) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
   const SelectionArguments with_cast = cast<kDevice>(a);

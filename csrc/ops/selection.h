@@ -36,22 +36,22 @@ class SelectionCall {
 };
 
 /// The functions that the dispatcher wants, of a device's three kernels.
-using Lists = std::tuple<at::Tensor, at::Tensor>;  // indices, counts
-using TopKernel = Lists (*)(const SelectionArguments&, c10::SymInt k);
-using AboveKernel = Lists (*)(const SelectionArguments&, const at::Tensor& bounds);
+using ChosenKeys = std::tuple<at::Tensor, at::Tensor>;  // indices, counts
+using TopKernel = ChosenKeys (*)(const SelectionArguments&, c10::SymInt k);
+using AboveKernel = ChosenKeys (*)(const SelectionArguments&, const at::Tensor& bounds);
 using LseKernel = at::Tensor (*)(const SelectionArguments&);
 
 template <TopKernel kKernel>
-Lists top_keys_kernel(const at::Tensor& query, const at::Tensor& key, c10::SymInt k,
-                      const OptionalTensor& key_padding_mask, bool is_causal,
-                      std::optional<double> scale, bool enable_gqa) {
+ChosenKeys top_keys_kernel(const at::Tensor& query, const at::Tensor& key, c10::SymInt k,
+                           const OptionalTensor& key_padding_mask, bool is_causal,
+                           std::optional<double> scale, bool enable_gqa) {
   return kKernel({query, key, key_padding_mask, is_causal, scale, enable_gqa}, k);
 }
 
 template <AboveKernel kKernel>
-Lists keys_above_kernel(const at::Tensor& query, const at::Tensor& key, const at::Tensor& bounds,
-                        const OptionalTensor& key_padding_mask, bool is_causal,
-                        std::optional<double> scale, bool enable_gqa) {
+ChosenKeys keys_above_kernel(const at::Tensor& query, const at::Tensor& key,
+                             const at::Tensor& bounds, const OptionalTensor& key_padding_mask,
+                             bool is_causal, std::optional<double> scale, bool enable_gqa) {
   return kKernel({query, key, key_padding_mask, is_causal, scale, enable_gqa}, bounds);
 }
 

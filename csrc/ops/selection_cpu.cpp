@@ -21,7 +21,7 @@ void run(cpu::SelectionKernel cpu::SelectionKernels::* which, SelectionParams& p
   kernel.run(params, parallel);
 }
 
-Lists top_cpu(const SelectionArguments& a, c10::SymInt k) {
+ChosenKeys top_cpu(const SelectionArguments& a, c10::SymInt k) {
   check_top(a, k);
   SelectionCall call(a);
   const at::Tensor indices = zeros_of_lists(a, k), counts = zeros_of_rows(a, at::kInt);
@@ -33,7 +33,7 @@ Lists top_cpu(const SelectionArguments& a, c10::SymInt k) {
 }
 
 /// Counted first, then listed.
-Lists above_cpu(const SelectionArguments& a, const at::Tensor& bounds) {
+ChosenKeys above_cpu(const SelectionArguments& a, const at::Tensor& bounds) {
   check_bounds(a, bounds);
   SelectionCall call(a);
   const at::Tensor given = bounds.contiguous(), counts = zeros_of_rows(a, at::kInt);

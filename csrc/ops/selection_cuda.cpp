@@ -33,7 +33,7 @@ std::int64_t candidate_bytes(const at::Tensor& query) {
   return static_cast<std::int64_t>(c10::elementSize(lse_type(query)) + sizeof(std::int32_t));
 }
 
-Lists top_cuda(const SelectionArguments& a, c10::SymInt k) {
+ChosenKeys top_cuda(const SelectionArguments& a, c10::SymInt k) {
   check_top(a, k);
   const c10::DeviceGuard guard(a.query.device());
   SelectionCall call(a);
@@ -50,18 +50,18 @@ Lists top_cuda(const SelectionArguments& a, c10::SymInt k) {
 }
 
 /// Counted first; then the host waits for the longest list, and they are written.
-Lists above_cuda(const SelectionArguments& a, const at::Tensor& bounds) {
+ChosenKeys above_cuda(const SelectionArguments& a, const at::Tensor& bounds) {
   check_bounds(a, bounds);
   const c10::DeviceGuard guard(a.query.device());
   SelectionCall call(a);
   const at::Tensor given = bounds.contiguous(), counts = zeros_of_rows(a, at::kInt);
   call.params.bounds = given.const_data_ptr();
   call.params.counts = counts.mutable_data_ptr<std::int32_t>();
-  run(&cuda::SelectionKernels::above, a.query, {call.params});
+  run(&cuda::SelectionKernels::above, a.query, {call.params, 0});
   call.params.width = counts.numel() == 0 ? 0 : counts.max().item<std::int32_t>();
   const at::Tensor indices = zeros_of_lists(a, call.params.width);
   call.params.indices = indices.mutable_data_ptr<std::int32_t>();
-  if (call.params.width > 0) run(&cuda::SelectionKernels::above, a.query, {call.params});
+  if (call.params.width > 0) run(&cuda::SelectionKernels::above, a.query, {call.params, 0});
   return {indices, counts};
 }
 
@@ -71,7 +71,7 @@ at::Tensor lse_cuda(const SelectionArguments& a) {
   SelectionCall call(a);
   const at::Tensor lse = zeros_of_rows(a, at::kDouble);
   call.params.lse = lse.mutable_data_ptr<double>();
-  run(&cuda::SelectionKernels::lse, a.query, {call.params});
+  run(&cuda::SelectionKernels::lse, a.query, {call.params, 0});
   return lse;
 }
 

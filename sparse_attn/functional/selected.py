@@ -59,9 +59,7 @@ def topk_attention(
     check_options("topk_attention", options)
     check_inputs(query, key, value, key_padding_mask, enable_gqa=options.get("enable_gqa", False))
     pattern = visible(is_causal)
-    if isinstance(k, bool):
-        raise TypeError(f"sparse_attn: expected k to be an int, got {k!r}")
-    k = index("k", k, 1)
+    k = check_k(k)
     scale = scale_of(scale, query.shape[3])
     if k < key.shape[2]:
         seen = {"key_padding_mask": key_padding_mask, "is_causal": is_causal, "scale": scale}
@@ -136,6 +134,13 @@ def threshold_attention(
     )
 
 
+def check_k(k: object) -> int:
+    """`k` as an int of at least 1; raise TypeError or ValueError if it is none."""
+    if isinstance(k, bool):
+        raise TypeError(f"sparse_attn: expected k to be an int, got {k!r}")
+    return index("k", k, 1)
+
+
 def check_thresholds(threshold: object, score_threshold: object) -> None:
     """Raise TypeError or ValueError unless just one of both is a number, the first in [0, 1]."""
     if (threshold is None) == (score_threshold is None):
@@ -176,7 +181,7 @@ def _bounds(
 
 
 @torch.library.register_fake("sparse_attn::keys_above")
-def _keys_above_fake(query, key, bounds, **seen):  # noqa: ANN001, ANN003, ANN202
+def _keys_above_fake(query, key, bounds, **seen):
     width = torch.library.get_ctx().new_dynamic_size()
     rows = query.shape[:3]
     return (
