@@ -12,8 +12,8 @@ function(sparse_attn_add_cuda library)
   cmake_parse_arguments(arg "" "LANGUAGE" "SOURCES" ${ARGN})
   set(root ${sparse_attn_SOURCE_DIR}/csrc/cuda)
   set_source_files_properties(${root}/simt.cu ${root}/simt_along.cu ${root}/mma.cu ${root}/evaluate.cu ${root}/linear.cu
-                              PROPERTIES LANGUAGE ${arg_LANGUAGE})
-  add_library(${library} STATIC ${root}/run.cpp ${root}/tables.cpp ${root}/dispatch.cpp ${root}/evaluate.cu
+                              ${root}/selection.cu PROPERTIES LANGUAGE ${arg_LANGUAGE})
+  add_library(${library} STATIC ${root}/run.cpp ${root}/tables.cpp ${root}/dispatch.cpp ${root}/evaluate.cu ${root}/selection.cu
               ${arg_SOURCES})
   set(parts ${library})
   foreach(scalar float32 float64 bfloat16 float16)

@@ -26,6 +26,8 @@ from sparse_attn.nn import (
     RelativePositionGenerator,
     SparseSelfAttention,
     SparseTransformerBlock,
+    ThresholdSelfAttention,
+    TopKSelfAttention,
     replace_multihead_attention,
 )
 from sparse_attn.patterns import (
@@ -98,6 +100,8 @@ __all__ = [
     "SparseTransformerBlock",
     "SparseWeights",
     "Strided",
+    "ThresholdSelfAttention",
+    "TopKSelfAttention",
     "Union",
     "Window",
     "alibi_slopes",

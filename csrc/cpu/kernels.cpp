@@ -49,7 +49,7 @@ void pair_column_sums(const PairParams& params, const Parallel& parallel) {
 namespace sparse_attn::cpu {
 
 extern const LinearKernels SPARSE_ATTN_JOIN(linear, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR);
-
+extern const SelectionKernels SPARSE_ATTN_JOIN(selection, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR);
 extern const Kernels SPARSE_ATTN_JOIN(kernels, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR);
 const Kernels SPARSE_ATTN_JOIN(kernels, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR){
     kKernel<Forward<Scalar>>,
@@ -62,6 +62,7 @@ const Kernels SPARSE_ATTN_JOIN(kernels, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR
     pair_products,
     pair_sums,
     pair_column_sums,
-    &SPARSE_ATTN_JOIN(linear, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR)};
+    &SPARSE_ATTN_JOIN(linear, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR),
+    &SPARSE_ATTN_JOIN(selection, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR)};
 
 }  // namespace sparse_attn::cpu

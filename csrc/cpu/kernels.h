@@ -6,6 +6,7 @@
 #include "linear_params.h"
 #include "pair_params.h"
 #include "params.h"
+#include "selection_params.h"
 
 namespace sparse_attn::cpu {
 
@@ -23,6 +24,18 @@ struct LinearKernels {
   void (*features_backward)(const FeatureParams&, const Parallel&);
 };
 
+struct SelectionKernel {
+  std::int64_t (*workspace)(const SelectionParams&, int threads);
+  void (*run)(const SelectionParams&, const Parallel&);
+};
+
+/// Those of selection.cpp.
+struct SelectionKernels {
+  SelectionKernel top;    // width is k
+  SelectionKernel above;  // counts, or lists
+  SelectionKernel lse;
+};
+
 struct Kernels {
   Kernel forward;
   Kernel backward;
@@ -37,6 +50,7 @@ struct Kernels {
   void (*pair_column_sums)(const PairParams&, const Parallel&);
 
   const LinearKernels* linear;
+  const SelectionKernels* selection;
 };
 
 /// The kernels of the best instruction set of this machine, or of the one named in SPARSE_ATTN_ISA.

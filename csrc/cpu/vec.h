@@ -72,6 +72,34 @@ SPARSE_ATTN_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+/// A bit for each lane of a comparison's result.
+template <class T>
+SPARSE_ATTN_INLINE unsigned lane_bits(IntVec<T> mask) {
+  constexpr bool kWide = sizeof(T) == 8;
+#if defined(__AVX512DQ__)
+  if constexpr (kWide)
+    return __builtin_ia32_cvtq2mask512(
+        reinterpret_cast<long long __attribute__((vector_size(64)))>(mask));
+  else
+    return __builtin_ia32_cvtd2mask512(
+        reinterpret_cast<int __attribute__((vector_size(64)))>(mask));
+#elif defined(__AVX__)
+  if constexpr (kWide)
+    return __builtin_ia32_movmskpd256(reinterpret_cast<Vec<T> >(mask));
+  else
+    return __builtin_ia32_movmskps256(reinterpret_cast<Vec<T> >(mask));
+#elif defined(__SSE2__)
+  if constexpr (kWide)
+    return __builtin_ia32_movmskpd(reinterpret_cast<Vec<T> >(mask));
+  else
+    return __builtin_ia32_movmskps(reinterpret_cast<Vec<T> >(mask));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes<T>; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "cuda/evaluate.h"
 #include "cuda/kernels.h"
 #include "cuda/linear.h"
+#include "cuda/selection.h"
 
 namespace sparse_attn::cuda {
 namespace {
@@ -19,6 +20,7 @@ bool is_capturing(void*) { fail(); }
 const Kernels& kernels_for(DataType, std::int64_t, bool, const Device&) { fail(); }
 const AlongKernels& along_kernels_for(DataType) { fail(); }
 const LinearKernels& linear_kernels_for(DataType) { fail(); }
+const SelectionKernels& selection_kernels_for(DataType) { fail(); }
 void make_global_pass(const GlobalPass&, void*) { fail(); }
 void filter_lists(const ListFilter&, void*) { fail(); }
 

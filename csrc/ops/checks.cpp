@@ -218,11 +218,15 @@ Expression check_pattern(at::IntArrayRef pattern) {
       [&] { return parse(pattern.data(), static_cast<std::int64_t>(pattern.size())); });
 }
 
-Expression check_attention(const AttentionArguments& a) {
+void check_inputs(const AttentionArguments& a) {
   check_tensors(a);
   check_mask("key_padding_mask", a.key_padding_mask, a);
   check_mask("global_mask", a.global_mask, a);
   check_finite("scale", a.scale);
+}
+
+Expression check_attention(const AttentionArguments& a) {
+  check_inputs(a);
   Expression pattern = check_pattern(a.pattern);
   check_sizes_of(pattern, a);
   const c10::SymInt batch = a.query.sym_size(0), heads = a.query.sym_size(1);

@@ -12,6 +12,7 @@ namespace sparse_attn {
 /// Checks the call and returns its pattern. Works on symbolic sizes: a comparison becomes a guard,
 /// not a recompilation.
 Expression check_attention(const AttentionArguments& arguments);
+void check_inputs(const AttentionArguments& arguments);  // without the pattern and modifiers
 Expression check_backward(const BackwardArguments& arguments);
 Expression check_tangent(const TangentArguments& arguments);
 Expression check_second(const SecondArguments& arguments);

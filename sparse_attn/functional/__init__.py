@@ -1,17 +1,23 @@
 """Attention as functions: over a pattern, over keys that the content chooses, by low rank, by
 feature maps."""
 
+from sparse_attn.functional.block_selection import block_topk_attention, choose_blocks
 from sparse_attn.functional.linear import (
     linear_attention,
     orthogonal_features,
     performer_attention,
 )
 from sparse_attn.functional.patterned import attention, index_attention
+from sparse_attn.functional.selected import threshold_attention, topk_attention
 
 __all__ = [
     "attention",
+    "block_topk_attention",
+    "choose_blocks",
     "index_attention",
     "linear_attention",
     "orthogonal_features",
     "performer_attention",
+    "threshold_attention",
+    "topk_attention",
 ]

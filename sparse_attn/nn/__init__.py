@@ -7,6 +7,7 @@ from sparse_attn.nn.longformer import LongformerSelfAttention
 from sparse_attn.nn.longformer_layers import LongformerEncoder, LongformerLayer
 from sparse_attn.nn.multihead import MultiheadAttention
 from sparse_attn.nn.replacement import replace_multihead_attention
+from sparse_attn.nn.selected import ThresholdSelfAttention, TopKSelfAttention
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.nn.sparse_transformer import SparseTransformerBlock
 
@@ -22,5 +23,7 @@ __all__ = [
     "RelativePositionGenerator",
     "SparseSelfAttention",
     "SparseTransformerBlock",
+    "ThresholdSelfAttention",
+    "TopKSelfAttention",
     "replace_multihead_attention",
 ]
