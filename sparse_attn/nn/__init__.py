@@ -5,7 +5,9 @@ from sparse_attn.nn.etc import ETCSelfAttention, RelativePositionGenerator
 from sparse_attn.nn.longformer import LongformerSelfAttention
 from sparse_attn.nn.longformer_layers import LongformerEncoder, LongformerLayer
 from sparse_attn.nn.multihead import MultiheadAttention
+from sparse_attn.nn.reformer import ReformerSelfAttention
 from sparse_attn.nn.replacement import replace_multihead_attention
+from sparse_attn.nn.routing import RoutingSelfAttention
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.nn.sparse_transformer import SparseTransformerBlock
 
@@ -16,7 +18,9 @@ __all__ = [
     "LongformerLayer",
     "LongformerSelfAttention",
     "MultiheadAttention",
+    "ReformerSelfAttention",
     "RelativePositionGenerator",
+    "RoutingSelfAttention",
     "SparseSelfAttention",
     "SparseTransformerBlock",
     "replace_multihead_attention",
