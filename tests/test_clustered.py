@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import reference
 import torch
 from cases import DEVICE
 from hypothesis import given, settings
@@ -212,7 +213,10 @@ def test_long_inputs_are_hashed_in_slices():
 def test_seeds():
     tensors = [x.detach() for x in inputs(n_q=60)]
     state = torch.get_rng_state()
-    run = lambda seed: lsh_attention(*tensors, num_buckets=8, seed=seed)  # noqa: E731
+
+    def run(seed):
+        return lsh_attention(*tensors, num_buckets=8, seed=seed)
+
     assert torch.equal(run(3), run(3))
     assert not torch.equal(run(3), run(4))
     assert torch.equal(run(3), run(torch.Generator().manual_seed(3)))
@@ -286,34 +290,37 @@ def test_nothing_at_all(batch, n_q, n_k):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_precision(dtype):
-    tensors = inputs(n_q=65, dtype=dtype)
+    tensors = [x.detach() for x in inputs(n_q=65, dtype=dtype)]
     rotations = rotations_of(3, 8, 2, 4)
     centroids = torch.randn(3, 3, 8, device=DEVICE)
-    for output, mask in (
-        (
-            lsh_attention(*tensors, num_buckets=4, num_hashes=2, rotations=rotations),
-            lsh_mask(*tensors[:2], rotations),
-        ),
-        (
-            routing_attention(*tensors, centroids, window=30),
-            routing_mask(*(x.float() for x in tensors[:2]), centroids, 30),
-        ),
-    ):
-        assert output.dtype == dtype
-        exact = dense(*(x.double() for x in tensors), mask)
-        error = (output.double() - exact).abs().max()
-        own = (dense(*tensors, mask).double() - exact).abs().max()
-        assert error <= 2 * own
+    options = {"num_buckets": 4, "num_hashes": 2, "rotations": rotations, "return_lse": True}
+    mask = lsh_mask(*tensors[:2], rotations)
+    reference.check(lambda q, k, v, *_: lsh_attention(q, k, v, **options), tensors, mask)
+    mask = routing_mask(*(x.float() for x in tensors[:2]), centroids, 30)
+    options = {"window": 30, "return_lse": True}
+    reference.check(
+        lambda q, k, v, *_: routing_attention(q, k, v, centroids, **options), tensors, mask
+    )
 
 
 def test_gradcheck():
     tensors = inputs(1, 2, 9, 11, size=4, value_size=3)
     rotations = rotations_of(2, 4, 2, 4)
     centroids = torch.randn(2, 2, 4, device=DEVICE)
-    lsh = lambda *x: lsh_attention(*x, num_buckets=4, num_hashes=2, rotations=rotations)  # noqa: E731
-    routing = lambda *x: routing_attention(*x, centroids, window=6)  # noqa: E731
-    for function in (lsh, routing):
+    options = {"num_buckets": 4, "num_hashes": 2, "rotations": rotations}
+
+    def seen(lse):
+        return lse.masked_fill(lse == -math.inf, 0)
+
+    for function in (
+        lambda *x: lsh_attention(*x, **options),
+        lambda *x: routing_attention(*x, centroids, window=6),
+        lambda *x: seen(routing_attention(*x, centroids, window=6, return_lse=True)[1]),
+    ):
         assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(
+        lambda *x: routing_attention(*x, centroids, window=6), tensors
+    )
 
 
 def test_shared_key_heads():
@@ -335,11 +342,22 @@ def test_shared_key_heads():
 
 def test_options_reach_attention():
     tensors = inputs(n_q=40)
-    output, lse, weights = lsh_attention(
-        *tensors, num_buckets=4, return_lse=True, return_weights=True
-    )
-    torch.testing.assert_close(weights @ tensors[2], output)
-    assert lse.shape == (2, 3, 40)
+    centroids = torch.randn(3, 4, 8, device=DEVICE)
+    sink = torch.randn(3, dtype=torch.float64, device=DEVICE)
+    for call in (
+        lambda **options: lsh_attention(*tensors, num_buckets=4, **options),
+        lambda **options: routing_attention(*tensors, centroids, window=12, **options),
+    ):
+        output, lse, weights = call(return_lse=True, return_weights=True)
+        torch.testing.assert_close(weights @ tensors[2], output)
+        for ours, theirs in zip(call(return_lse=True), (output, lse), strict=True):
+            torch.testing.assert_close(ours, theirs)
+        share = torch.sigmoid(lse - sink[:, None])[..., None]
+        torch.testing.assert_close(call(sink=sink), output * share)
+        seed = torch.tensor(5, device=DEVICE)
+        dropped = call(dropout_p=0.4, dropout_seed=seed)
+        assert not torch.allclose(dropped, output)
+        assert torch.equal(dropped, call(dropout_p=0.4, dropout_seed=seed))
     with pytest.raises(TypeError, match="among"):
         lsh_attention(*tensors, num_buckets=4, bias=torch.zeros(3))
 
@@ -366,3 +384,11 @@ def test_threads_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_many_clusters():
+    """More than a word has bits."""
+    tensors = inputs(1, 1, 90, size=4)
+    centroids = torch.randn(1, 130, 4, device=DEVICE)
+    output = routing_attention(*tensors, centroids, window=7)
+    assert_equal(tensors, output, dense(*tensors, routing_mask(*tensors[:2], centroids, 7)))

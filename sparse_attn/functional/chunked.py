@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from sparse_attn.functional._chunks import Ring
 from sparse_attn.functional._common import check_inputs, check_size, visible
+from sparse_attn.functional._gather import excluding, finite_where
 from sparse_attn.functional.hashing import bucket_factors, draw_rotations, lsh_buckets
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import Full
@@ -90,11 +91,13 @@ def chunked_lsh_attention(
     if num_buckets is None and rotations is None:
         num_buckets = default_buckets(length, chunk_length)
     factors = None if num_buckets is None else bucket_factors(num_buckets)
+    if 0 in value.shape:
+        return value + 0 * query_key[..., :1]
     hidden = key_padding_mask
     if hidden is not None:
-        query_key, value = _finite_where(hidden, query_key), _finite_where(hidden, value)
+        query_key, value = finite_where(hidden, query_key), finite_where(hidden, value)
     if length <= chunk_length:
-        chunk_length, chunks_before, chunks_after = max(length, 1), 0, 0
+        chunk_length, chunks_before, chunks_after = length, 0, 0
         order = torch.arange(length, device=value.device).expand(batch, heads, 1, length)
     else:
         if rotations is None:
@@ -146,15 +149,13 @@ def _exclude(ring: Ring, hidden: Tensor | None, is_causal: bool, dtype: torch.dt
 
     hidden is (sets, length); the bias (sets, chunks, chunk, seen).
     """
-    tokens = torch.arange(ring.length, dtype=torch.int32, device=ring.tokens.device)
-    tokens = tokens.expand(ring.tokens.shape[0], -1)[..., None]
+    tokens = torch.arange(ring.length, dtype=torch.int32, device=ring.device)
+    tokens = tokens.expand(ring.sets, -1)[..., None]
     own, seen = ring.own(tokens), ring.around(tokens).mT
     excluded = seen >= own if is_causal else seen == own
     if hidden is not None:
         excluded = excluded | ring.around(hidden[..., None]).mT
-    # Of one dtype: with a number in place of a tensor `where` takes twice as long.
-    never, free = (excluded.new_full((), x, dtype=dtype) for x in (-math.inf, 0.0))
-    return torch.where(excluded, never, free)
+    return excluding(excluded, dtype)
 
 
 def _join(ring: Ring, output: Tensor, lse: Tensor, alone: Tensor) -> Tensor:
@@ -172,8 +173,3 @@ def _unit_norm(x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide * torch.rsqrt(norm.square() + 1e-6 * x.shape[-1])).to(x.dtype)
-
-
-def _finite_where(hidden: Tensor, x: Tensor) -> Tensor:
-    """NaN and infinities of hidden tokens would reach others as 0 · NaN."""
-    return torch.where(hidden[:, None, :, None], x.nan_to_num(0.0, 0.0, 0.0), x)

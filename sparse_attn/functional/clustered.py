@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn._library import ops
+from sparse_attn.functional._clusters import attend_in_clusters, repeat_heads
 from sparse_attn.functional._common import (
     check_inputs,
     check_options,
@@ -81,7 +82,7 @@ def lsh_attention(
     if rotations is None:
         shape = (query.shape[1], query.shape[3], num_hashes, num_buckets // 2)
         rotations = draw_rotations(seed, shape, query)
-    sides = query, _for_heads_of(query, key)
+    sides = query, repeat_heads(key, query)
     buckets = (lsh_buckets(x, rotations, num_buckets) for x in sides)
     groups = [part for x in buckets for part in _groups_of_buckets(x, num_buckets)]
     lists = _shared_keys(query, key, groups, key_padding_mask, is_causal)
@@ -145,21 +146,23 @@ def routing_attention(
     _check_centroids(centroids, query)
     if query_padding_mask is not None:
         check_padding(query_padding_mask, query, "query_padding_mask")
-    sides = ((query, query_padding_mask), (_for_heads_of(query, key), key_padding_mask))
-    groups = [
-        part for x, hidden in sides for part in _groups_of_clusters(x, centroids, window, hidden)
-    ]
-    indices, counts = _shared_keys(query, key, groups, key_padding_mask, is_causal)
-    if query_padding_mask is not None:
-        counts = counts.masked_fill(query_padding_mask[:, None], 0)
-    return attention(
+    sides = ((query, query_padding_mask), (repeat_heads(key, query), key_padding_mask))
+    groups = [nearest_tokens(x, centroids, window, hidden) for x, hidden in sides]
+    shared = {"key_padding_mask": key_padding_mask, "scale": scale, **options}
+    if options.get("return_weights") or 0 in (*query.shape, *value.shape):
+        members = [part for x in groups for part in _one_after_another(x)]
+        indices, counts = _shared_keys(query, key, members, key_padding_mask, is_causal)
+        if query_padding_mask is not None:
+            counts = counts.masked_fill(query_padding_mask[:, None], 0)
+        return attention(query, key, value, KeyLists(indices, counts), **shared)
+    return attend_in_clusters(
         query,
         key,
         value,
-        KeyLists(indices, counts),
-        key_padding_mask=key_padding_mask,
-        scale=scale,
-        **options,
+        *groups,
+        query_padding_mask=query_padding_mask,
+        is_causal=is_causal,
+        **shared,
     )
 
 
@@ -187,12 +190,9 @@ def nearest_tokens(x: Tensor, centroids: Tensor, window: int, hidden: Tensor | N
         return chosen[:, 1].view(*scores.shape[:3], window)
 
 
-def _groups_of_clusters(
-    x: Tensor, centroids: Tensor, window: int, hidden: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    members = nearest_tokens(x, centroids, window, hidden)
+def _one_after_another(members: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, clusters, taken = members.shape
-    offsets = taken * torch.arange(clusters + 1, device=x.device)
+    offsets = taken * torch.arange(clusters + 1, device=members.device)
     return members.flatten(2), offsets.expand(batch, heads, -1)
 
 
@@ -222,12 +222,6 @@ def _shared_keys(
     )
 
 
-def _for_heads_of(query: Tensor, key: Tensor) -> Tensor:
-    """Key heads that several query heads share, once for each."""
-    times = query.shape[1] // max(key.shape[1], 1)
-    return key if times == 1 else key.repeat_interleave(times, 1)
-
-
 def _check_centroids(centroids: object, query: Tensor) -> None:
     if not isinstance(centroids, Tensor) or not centroids.is_floating_point():
         got = centroids.dtype if isinstance(centroids, Tensor) else type(centroids).__name__
@@ -238,6 +232,8 @@ def _check_centroids(centroids: object, query: Tensor) -> None:
             f"sparse_attn: expected centroids of shape ({heads}, clusters, {size}), got "
             f"{tuple(centroids.shape)}"
         )
+    if centroids.shape[1] == 0:
+        raise ValueError("sparse_attn: expected centroids of at least 1 cluster, got 0")
     if centroids.device != query.device:
         raise ValueError(
             f"sparse_attn: expected centroids on device {query.device}, got {centroids.device}"
@@ -246,7 +242,15 @@ def _check_centroids(centroids: object, query: Tensor) -> None:
 
 @torch.library.register_fake("sparse_attn::shared_keys")
 def _fake_shared_keys(
-    query_members, query_offsets, key_members, key_offsets, n_q, n_k, *, key_padding_mask, is_causal
+    query_members,
+    query_offsets,
+    key_members,
+    key_offsets,
+    n_q,
+    n_k,
+    *,
+    key_padding_mask=None,
+    is_causal=False,
 ):
     batch, heads, _ = query_members.shape
     longest = torch.library.get_ctx().new_dynamic_size()
