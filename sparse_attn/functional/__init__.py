@@ -2,6 +2,9 @@
 feature maps."""
 
 from sparse_attn.functional.block_selection import block_topk_attention, choose_blocks
+from sparse_attn.functional.chunked import chunked_lsh_attention
+from sparse_attn.functional.clustered import lsh_attention, routing_attention
+from sparse_attn.functional.hashing import lsh_buckets
 from sparse_attn.functional.linear import (
     linear_attention,
     orthogonal_features,
@@ -14,10 +17,14 @@ __all__ = [
     "attention",
     "block_topk_attention",
     "choose_blocks",
+    "chunked_lsh_attention",
     "index_attention",
     "linear_attention",
+    "lsh_attention",
+    "lsh_buckets",
     "orthogonal_features",
     "performer_attention",
+    "routing_attention",
     "threshold_attention",
     "topk_attention",
 ]

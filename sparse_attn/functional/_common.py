@@ -82,17 +82,22 @@ def check_inputs(
         check_padding(key_padding_mask, key)
 
 
-def check_padding(key_padding_mask: Tensor, key: Tensor) -> None:
+def check_padding(mask: Tensor, key: Tensor, name: str = "key_padding_mask") -> None:
     """Raise TypeError or ValueError unless the mask is (batch, n_k) bool, on key's device."""
-    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-        what = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
-        raise TypeError(f"sparse_attn: expected key_padding_mask to be a bool Tensor, got {what}")
-    _check_shape("key_padding_mask", key_padding_mask, (key.shape[0], key.shape[2]))
-    if key_padding_mask.device != key.device:
-        raise ValueError(
-            f"sparse_attn: expected key_padding_mask on device {key.device}, got "
-            f"{key_padding_mask.device}"
-        )
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        what = getattr(mask, "dtype", type(mask).__name__)
+        raise TypeError(f"sparse_attn: expected {name} to be a bool Tensor, got {what}")
+    _check_shape(name, mask, (key.shape[0], key.shape[2]))
+    if mask.device != key.device:
+        raise ValueError(f"sparse_attn: expected {name} on device {key.device}, got {mask.device}")
+
+
+def check_size(name: str, size: object, least: int) -> None:
+    """Raise TypeError or ValueError unless size is an int of at least `least`."""
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"sparse_attn: expected {name} to be an int, got {type(size).__name__}")
+    if size < least:
+        raise ValueError(f"sparse_attn: expected {name} to be at least {least}, got {size}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

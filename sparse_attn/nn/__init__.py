@@ -6,7 +6,9 @@ from sparse_attn.nn.linear import LinearSelfAttention, PerformerSelfAttention
 from sparse_attn.nn.longformer import LongformerSelfAttention
 from sparse_attn.nn.longformer_layers import LongformerEncoder, LongformerLayer
 from sparse_attn.nn.multihead import MultiheadAttention
+from sparse_attn.nn.reformer import ReformerSelfAttention
 from sparse_attn.nn.replacement import replace_multihead_attention
+from sparse_attn.nn.routing import RoutingSelfAttention
 from sparse_attn.nn.selected import ThresholdSelfAttention, TopKSelfAttention
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.nn.sparse_transformer import SparseTransformerBlock
@@ -20,7 +22,9 @@ __all__ = [
     "LongformerSelfAttention",
     "MultiheadAttention",
     "PerformerSelfAttention",
+    "ReformerSelfAttention",
     "RelativePositionGenerator",
+    "RoutingSelfAttention",
     "SparseSelfAttention",
     "SparseTransformerBlock",
     "ThresholdSelfAttention",

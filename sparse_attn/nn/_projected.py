@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
 
 class ProjectedSelfAttention(nn.Module):
     """Projections of query, key, value and output around `attend`, which a layer defines.
+
+    `projections` names what `attend` takes, each by a projection of that name.
 
     Args:
         embed_dim: Channels of input and output.
@@ -20,6 +24,8 @@ class ProjectedSelfAttention(nn.Module):
         device: Device of the parameters.
         dtype: Data type of the parameters.
     """
+
+    projections: ClassVar[tuple[str, ...]] = ("query", "key", "value")
 
     def __init__(
         self,
@@ -39,7 +45,7 @@ class ProjectedSelfAttention(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.causal = causal
-        for name in ("query", "key", "value", "output"):
+        for name in (*self.projections, "output"):
             projection = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
             self.add_module(name, projection)
 
@@ -65,12 +71,8 @@ class ProjectedSelfAttention(nn.Module):
             ValueError: A shape does not fit.
         """
         check_sequence("x", x, self.embed_dim)
-        heads = self.attend(
-            self._split(self.query(x)),
-            self._split(self.key(x)),
-            self._split(self.value(x)),
-            key_padding_mask,
-        )
+        projected = [self._split(getattr(self, name)(x)) for name in self.projections]
+        heads = self.attend(*projected, key_padding_mask)
         return self.output(heads.transpose(1, 2).flatten(2))
 
     @property

@@ -1,0 +1,137 @@
+"""Clusters of tokens, in which a token may be several times or not at all."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_attn.functional._gather import Gather, excluding, finite_where, of_sets
+from sparse_attn.functional.patterned import attention
+from sparse_attn.patterns import Full
+
+# Clusters in a word of bits.
+_BITS = 63
+
+
+class Clusters:
+    """The tokens that each cluster took.
+
+    Args:
+        members: (sets, clusters, width): tokens, each at most once in a cluster.
+        length: Of the sequence.
+
+    Attributes:
+        gather: (sets, length, size) to (sets, clusters, width, size), and `gather.add` back.
+    """
+
+    def __init__(self, members: Tensor, length: int) -> None:
+        self.members, self.length = members, length
+        flat, width = members.flatten(1), members.shape[2]
+        tokens, order = flat.sort(dim=-1, stable=True)
+        every = torch.arange(length, device=flat.device).expand(flat.shape[0], -1)
+        first = torch.searchsorted(tokens, every.contiguous()) + of_sets(flat.shape[1], flat)
+        offsets = torch.cat([first.flatten(), first.new_full((1,), flat.numel())])
+        places = (order + of_sets(flat.shape[1], flat)).flatten()
+        self.gather = Gather(flat, places, offsets, width, width)
+
+    def bits(self) -> Tensor:
+        """The clusters of each member, as words of bits: (sets, clusters, width, words)."""
+        sets, clusters, _ = self.members.shape
+        words = -(-clusters // _BITS)
+        cluster = torch.arange(clusters, device=self.members.device)[:, None]
+        place = self.members * words + cluster // _BITS
+        bit = (1 << (cluster % _BITS)).expand_as(place)
+        of_tokens = self.members.new_zeros(sets, self.length * words)
+        of_tokens.scatter_add_(1, place.flatten(1), bit.flatten(1))
+        return self.gather(of_tokens.view(sets, self.length, words))
+
+    def among(self, hidden: Tensor) -> Tensor:
+        """Which members are hidden, by (batch, length): (sets, clusters, width)."""
+        heads = self.members.shape[0] // hidden.shape[0]
+        hidden = hidden.repeat_interleave(heads, 0)
+        return hidden.gather(1, self.members.flatten(1)).view(self.members.shape)
+
+    def join(self, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """What the tokens found in all their clusters, (sets, length, size) and (sets, length):
+        output (sets, clusters, width, size) by lse, the log-sum-exp."""
+        tokens = self.members.flatten(1)
+        most = lse.new_full((lse.shape[0], self.length), -math.inf)
+        most.scatter_reduce_(1, tokens, lse.detach().flatten(1), "amax")
+        nothing = most == -math.inf
+        most = most.masked_fill(nothing, 0)
+        weight = (lse - most.gather(1, tokens).view(lse.shape)).exp()[..., None]
+        total = self.gather.add(weight).masked_fill(nothing[..., None], 1)
+        joined = self.gather.add(output * weight) / total
+        return joined.to(output.dtype), (most + total[..., 0].log()).masked_fill(nothing, -math.inf)
+
+
+def attend_in_clusters(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_members: Tensor,
+    key_members: Tensor,
+    *,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    sink: Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the queries of each cluster to its keys, as dense tiles, joined for each query.
+
+    A pair that several clusters took belongs to the first of them. Members are (batch, heads,
+    clusters, width).
+    """
+    heads, offset = query.shape[:2], key.shape[2] - query.shape[2]
+    if query_padding_mask is not None:
+        query = finite_where(query_padding_mask, query)
+    if key_padding_mask is not None:
+        key, value = finite_where(key_padding_mask, key), finite_where(key_padding_mask, value)
+    queries = Clusters(query_members.flatten(0, 1), query.shape[2])
+    keys = Clusters(key_members.flatten(0, 1), key.shape[2])
+    excluded = _in_earlier_clusters(queries, keys)
+    if is_causal:
+        excluded = excluded | (keys.members[..., None, :] > queries.members[..., None] + offset)
+    if key_padding_mask is not None:
+        excluded = excluded | keys.among(key_padding_mask)[..., None, :]
+    if query_padding_mask is not None:
+        excluded = excluded | queries.among(query_padding_mask)[..., None]
+    options.pop("enable_gqa", None)
+    output, lse = attention(
+        queries.gather(query.flatten(0, 1)),
+        keys.gather(repeat_heads(key, query).flatten(0, 1)),
+        keys.gather(repeat_heads(value, query).flatten(0, 1)),
+        Full(),
+        bias=excluding(excluded, query.dtype),
+        return_lse=True,
+        **options,
+    )
+    output, lse = (x.unflatten(0, heads) for x in queries.join(output, lse))
+    if sink is not None:
+        output = (output * torch.sigmoid(lse - sink[:, None])[..., None]).to(output.dtype)
+    return (output, lse) if return_lse else output
+
+
+def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """Heads of keys that several query heads share, once for each."""
+    times = query.shape[1] // max(x.shape[1], 1)
+    return x if times == 1 else x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+def _in_earlier_clusters(queries: Clusters, keys: Clusters) -> Tensor:
+    """Whether an earlier cluster has taken both, too: (sets, clusters, queries, keys)."""
+    of_queries, of_keys = queries.bits(), keys.bits()
+    clusters = of_queries.shape[1]
+    shared = torch.zeros(1, dtype=torch.bool, device=of_queries.device)
+    for word in range(of_queries.shape[3]):
+        cluster = torch.arange(clusters, device=of_queries.device) - word * _BITS
+        # The bits below a cluster's own.
+        below = (1 << cluster.clamp(0, _BITS)) - 1
+        earlier = of_queries[..., word] & below[:, None]
+        shared = shared | ((earlier[..., None] & of_keys[..., None, :, word]) != 0)
+    return shared
