@@ -1,6 +1,22 @@
 """Attention as functions: over a pattern, over keys that the content chooses, by low rank, by
 feature maps."""
 
+from sparse_attn.functional.gated import dynamic_attention, gated_attention
+from sparse_attn.functional.low_rank import (
+    linformer_attention,
+    low_rank_attention,
+    tucker_attention,
+)
+from sparse_attn.functional.nystrom import nystrom_attention
 from sparse_attn.functional.patterned import attention, index_attention
 
-__all__ = ["attention", "index_attention"]
+__all__ = [
+    "attention",
+    "dynamic_attention",
+    "gated_attention",
+    "index_attention",
+    "linformer_attention",
+    "low_rank_attention",
+    "nystrom_attention",
+    "tucker_attention",
+]
