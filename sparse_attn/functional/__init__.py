@@ -1,6 +1,7 @@
 """Attention as functions: over a pattern, over keys that the content chooses, by low rank, by
 feature maps."""
 
+from sparse_attn.functional.block_selection import block_topk_attention, choose_blocks
 from sparse_attn.functional.gated import dynamic_attention, gated_attention
 from sparse_attn.functional.low_rank import (
     linformer_attention,
@@ -12,6 +13,8 @@ from sparse_attn.functional.patterned import attention, index_attention
 
 __all__ = [
     "attention",
+    "block_topk_attention",
+    "choose_blocks",
     "dynamic_attention",
     "gated_attention",
     "index_attention",

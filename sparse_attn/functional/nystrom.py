@@ -53,8 +53,8 @@ def nystrom_attention(
             which starts from the transpose over its norms, those of each matrix by itself; None
             for the pseudo-inverse itself, by singular values.
         key_padding_mask: (batch, n_k) bool, True = ignore this key.
-        query_padding_mask: (batch, n_q) bool, True = leave this query out of the landmarks. In
-            self-attention it is the mask of the keys.
+        query_padding_mask: (batch, n_q) bool, True = leave this query out of the landmarks. If
+            None and n_q = n_k, it is the mask of the keys, as in self-attention.
         scale: Factor of the products; 1 / √head_dim if None.
         **options: dropout_p and dropout_seed, for the softmax over the landmarks, and enable_gqa,
             as in `attention`.
@@ -77,15 +77,15 @@ def nystrom_attention(
     check_inputs(query, key, value, key_padding_mask, enable_gqa=gqa)
     if query_padding_mask is not None:
         check_padding(query_padding_mask, query, name="query_padding_mask")
+    elif query.shape[2] == key.shape[2]:
+        query_padding_mask = key_padding_mask
     landmarks = index("num_landmarks", num_landmarks, 1)
     iterations = None if iterations is None else index("iterations", iterations, 1)
     scale = scale_of(scale, query.shape[-1])
-    query = without_padding(query, query_padding_mask)
     if landmarks >= min(query.shape[2], key.shape[2]):
-        padding = key_padding_mask
         return attention(
             *(query, key, value, Full()),
-            key_padding_mask=padding,
+            key_padding_mask=key_padding_mask,
             scale=scale,
             enable_gqa=gqa,
             **options,
