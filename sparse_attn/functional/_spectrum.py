@@ -1,4 +1,4 @@
-"""Functions of the largest eigenvalues of a symmetric matrix, differentiable where others repeat."""
+"""Functions of the leading eigenvalues of a symmetric matrix, differentiable where they repeat."""
 
 from __future__ import annotations
 

@@ -94,10 +94,11 @@ def dynamic_attention(
         query: (batch, heads, n_q, head_dim); float64, float32, bfloat16 or float16.
         key: (batch, heads, n_k, head_dim), as query.
         value: (batch, heads, n_k, value_dim), as query.
-        generate: Called as `generate(query, key, value)`. It returns a bool tensor (True =
-            allowed) or a floating one (a gate, as in `gated_attention`), either broadcastable to
-            (batch, heads, n_q, n_k); or a `Pattern`, such as `BlockLayout(layout, block)`, whose
-            tensors may differ among examples and heads; or a `BlockBias`, a gate for blocks.
+        generate: Called as `generate(query, key, value)`, where padded keys and values are 0. It
+            returns a bool tensor (True = allowed) or a floating one (a gate, as in
+            `gated_attention`), either broadcastable to (batch, heads, n_q, n_k); or a `Pattern`,
+            such as `BlockLayout(layout, block)`, whose tensors may differ among examples and heads;
+            or a `BlockBias`, a gate for blocks.
         is_causal: Whether queries see only keys up to their own position (the ends are aligned).
             What `generate` looks at is its own affair.
         key_padding_mask: (batch, n_k) bool, True = ignore this key.
@@ -124,6 +125,8 @@ def dynamic_attention(
         raise TypeError(f"sparse_attn: expected generate to be callable, got {generate!r}")
     if "gate" in options:
         raise TypeError("sparse_attn: expected the gate to come from generate, got gate")
+    check_inputs(query, key, value, key_padding_mask, enable_gqa=options.get("enable_gqa", False))
+    key, value = (without_padding(x, key_padding_mask) for x in (key, value))
     made = generate(query, key, value)
     options |= {"key_padding_mask": key_padding_mask, "scale": scale}
     if isinstance(made, Pattern):
@@ -136,14 +139,13 @@ def dynamic_attention(
             "sparse_attn: expected generate to return a bool or floating Tensor, a BlockLayout or "
             f"another Pattern, or a BlockBias, got {what}"
         )
-    check_inputs(query, key, value, key_padding_mask, enable_gqa=options.get("enable_gqa", False))
     made = _of_pairs(made, query, key)
     if made.dtype == torch.bool:
         pattern = Mask(made.expand(*made.shape[:2], query.shape[2], key.shape[2]))
         return attention(query, key, value, pattern & seen if is_causal else pattern, **options)
     if made.shape[2:] == (query.shape[2], key.shape[2]):
         return attention(query, key, value, seen, gate=made, **options)
-    query, key, value = _gate_tokens(query, without_padding(key, key_padding_mask), value, made)
+    query, key, value = _gate_tokens(query, key, value, made)
     return attention(query, key, value, seen, **options)
 
 

@@ -219,9 +219,7 @@ def linformer_attention(
 
 def _check_ranks(ranks: object) -> list[int]:
     if not isinstance(ranks, (tuple, list)):
-        raise TypeError(
-            f"sparse_attn: expected ranks to be (heads, keys, features), got {ranks!r}"
-        )
+        raise TypeError(f"sparse_attn: expected ranks to be (heads, keys, features), got {ranks!r}")
     if len(ranks) != 3:
         raise ValueError(
             f"sparse_attn: expected ranks of heads, keys and features, 3 of them, got {len(ranks)}"
@@ -229,9 +227,7 @@ def _check_ranks(ranks: object) -> list[int]:
     return [index("ranks", rank, 1) for rank in ranks]
 
 
-def _tucker(
-    gram: Tensor, heads: int, ranks: list[int], iterations: int
-) -> tuple[Tensor, Tensor]:
+def _tucker(gram: Tensor, heads: int, ranks: list[int], iterations: int) -> tuple[Tensor, Tensor]:
     """What keys as rows of all heads' features are multiplied by, and the basis of the features.
 
     With M the keys as rows, (n_k, heads · features), `gram` is Mᵀ M. Projecting the modes of heads
