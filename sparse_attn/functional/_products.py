@@ -34,6 +34,11 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     return (chunked(a).mT @ chunked(b)).sum(-3)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, however many columns a has."""
+    return sum_of_products(a.mT, b)
+
+
 def times(x: Tensor, matrix: Tensor) -> Tensor:
     """x @ matrix, (…, length, m) and (…, m, n), whose gradient for the matrix is such a sum."""
     return (chunked(x) @ matrix.unsqueeze(-3)).flatten(-3, -2)[..., : x.shape[-2], :]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_attn.functional._products import one_thread
+from sparse_attn.functional._products import one_thread, product
 
 
 def projector(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def projector(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     in one eigenvalue, P is not unique, and directions between the two get no gradient.
     """
     whole, vectors = _Spectral.apply(gram, rank, 0)[:2]
-    return whole, whole @ vectors
+    return whole, product(whole, vectors)
 
 
 def inverse(gram: Tensor, rank: int) -> Tensor:
@@ -45,7 +45,8 @@ class _Spectral(torch.autograd.Function):
             values, vectors = torch.linalg.eigh(torch.where(finite, gram, identity))
         values, vectors = values.flip(-1), torch.where(finite, vectors.flip(-1), torch.nan)
         factors = _factors(values, rank, power)
-        return (vectors * factors[..., None, :]) @ vectors.mT, vectors[..., :rank], values, vectors
+        whole = product(vectors * factors[..., None, :], vectors.mT)
+        return whole, vectors[..., :rank], values, vectors
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -57,9 +58,9 @@ class _Spectral(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         values, vectors = ctx.saved_tensors
-        inner = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
+        inner = product(product(vectors.mT, (grad + grad.mT) / 2), vectors)
         inner = inner * _divided_differences(values, ctx.rank, ctx.power)
-        return vectors @ inner @ vectors.mT, None, None
+        return product(product(vectors, inner), vectors.mT), None, None
 
 
 def _tolerance(values: Tensor) -> Tensor:

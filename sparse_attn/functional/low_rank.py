@@ -14,7 +14,7 @@ from sparse_attn.functional._common import (
     scale_of,
     without_padding,
 )
-from sparse_attn.functional._products import sum_of_products, times
+from sparse_attn.functional._products import product, sum_of_products, times
 from sparse_attn.functional._spectrum import inverse, projector
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import Full
@@ -141,12 +141,11 @@ def tucker_attention(
     if all(rank >= most for rank, most in zip(ranks, full, strict=True)):
         return attention(query, key, value, Full(), **options)
     key = without_padding(key, key_padding_mask)
-    rows = key.transpose(1, 2).flatten(2)
-    wide = rows.double()
-    matrix, basis = _tucker(sum_of_products(wide, wide), heads, ranks, iterations)
-    compressed = times(rows, matrix.to(key.dtype)).unflatten(-1, (heads, -1)).transpose(1, 2)
+    rows = key.transpose(1, 2).flatten(2).double()
+    matrix, basis = _tucker(sum_of_products(rows, rows), heads, ranks, iterations)
+    fitted = times(rows, matrix).unflatten(-1, (heads, -1)).transpose(1, 2)
     query = times(query, basis[:, None].to(query.dtype))
-    return attention(query, compressed, value, Full(), **options)
+    return attention(query, fitted.to(key.dtype), value, Full(), **options)
 
 
 @in_autocast_dtype
@@ -242,10 +241,12 @@ def _tucker(gram: Tensor, heads: int, ranks: list[int], iterations: int) -> tupl
 
     def of_heads(products: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Leading singular vectors along heads, with the features projected."""
-        return projector(torch.einsum("bhdge,bde->bhg", products, features), rank_heads)
+        summed = torch.einsum("bhdge,bde->bhge", products, features).sum(-1)
+        return projector(summed, rank_heads)
 
     def of_features(products: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
-        return projector(torch.einsum("bhdge,bhg->bde", products, heads), rank_features)
+        summed = torch.einsum("bhdge,bhg->bdge", products, heads).sum(-2)
+        return projector(summed, rank_features)
 
     def modes(products: Tensor) -> Tensor:
         return products.unflatten(-2, (heads, -1)).unflatten(-1, (heads, -1))
@@ -257,16 +258,16 @@ def _tucker(gram: Tensor, heads: int, ranks: list[int], iterations: int) -> tupl
     project_keys = projector(gram, rank_keys)[0]
     for _ in range(iterations):
         others = _kronecker(basis_heads, basis)
-        along = gram @ others
-        inner = others.mT @ along
-        fitted = modes(along @ inverse(inner, rank_keys) @ along.mT)
+        along = product(gram, others)
+        inner = product(others.mT, along)
+        fitted = modes(product(product(along, inverse(inner, rank_keys)), along.mT))
         project_heads, basis_heads = of_heads(fitted, project_features)
         project_features, basis = of_features(fitted, project_heads)
     if iterations:
         others = _kronecker(basis_heads, basis)
-        inner = others.mT @ gram @ others
-        project_keys = others @ projector(inner, rank_keys)[0] @ others.mT
-    return project_keys @ _kronecker(project_heads, basis), basis
+        inner = product(product(others.mT, gram), others)
+        project_keys = product(product(others, projector(inner, rank_keys)[0]), others.mT)
+    return product(project_keys, _kronecker(project_heads, basis)), basis
 
 
 def _kronecker(a: Tensor, b: Tensor) -> Tensor:
