@@ -69,10 +69,10 @@ def by_example(definition: Callable, tensors: Sequence[Tensor], padding: Tensor 
 
 
 def same_bits_for_any_threads(function: Callable, tensors: Sequence[Tensor]):
-    """Output and gradients are bitwise the same with 1, 2 and 5 threads."""
+    """Output and gradients are bitwise the same with 1, 2, 5 and 8 threads."""
     results, threads = [], torch.get_num_threads()
     try:
-        for count in (1, 2, 5):
+        for count in (1, 2, 5, 8):
             torch.set_num_threads(count)
             results.append(with_gradients(function, tensors))
             assert torch.get_num_threads() == count

@@ -10,6 +10,7 @@ from composed import assert_as_good_as_torch, by_example, dense, same_bits_for_a
 from torch.autograd import gradcheck
 
 import sparse_attn
+from sparse_attn import LinformerSelfAttention, LowRankSelfAttention
 from sparse_attn.functional import (
     attention,
     linformer_attention,
@@ -340,7 +341,10 @@ class TestLayers:
         layer = layer(bias=False, device=DEVICE, dtype=torch.float64).eval()
         x = cases.normal(2, 31, 24)
         padding = cases.padding(2, 31)
-        heads = (p(x).unflatten(-1, (3, 8)).transpose(1, 2) for p in (layer.query, layer.key, layer.value))
+        heads = (
+            p(x).unflatten(-1, (3, 8)).transpose(1, 2)
+            for p in (layer.query, layer.key, layer.value)
+        )
         if isinstance(layer, LowRankSelfAttention):
             expected = low_rank_definition(*heads, rank=4, padding=padding)
         else:
@@ -353,7 +357,11 @@ class TestLayers:
         x = cases.normal(2, 31, 24, dtype=torch.float32)
         assert not torch.equal(layer(x), layer(x))
         layer(x).square().sum().backward()
-        assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters() if p is not layer.key.bias)
+        assert all(
+            p.grad.isfinite().all() and p.grad.any()
+            for p in layer.parameters()
+            if p is not layer.key.bias
+        )
         assert torch.equal(layer.eval()(x), layer(x))
         assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
@@ -374,7 +382,11 @@ def test_linformer_parameters():
     assert layer.proj_k.abs().max() <= 0.25
     assert layer.proj_k.std() == pytest.approx(0.25 / math.sqrt(3), rel=0.1)
     assert LinformerSelfAttention(32, 4, seq_len=50, k=16, share_kv=True).proj_v is None
-    assert LinformerSelfAttention(32, 4, seq_len=50, k=16, per_head=True).proj_k.shape == (4, 50, 16)
+    assert LinformerSelfAttention(32, 4, seq_len=50, k=16, per_head=True).proj_k.shape == (
+        4,
+        50,
+        16,
+    )
     with pytest.raises(ValueError, match=r"at most 50 tokens \(seq_len\), got 51"):
         layer(torch.randn(1, 51, 32, device=DEVICE))
 
@@ -402,7 +414,9 @@ QKV = inputs(Shape(10, 12, 8))
             r"proj_k of shape \(12, k\) or \(4, 12, k\)",
         ),
         (
-            lambda: linformer_attention(*QKV, NUMBERS[torch.float32], NUMBERS[torch.float32][:, :3]),
+            lambda: linformer_attention(
+                *QKV, NUMBERS[torch.float32], NUMBERS[torch.float32][:, :3]
+            ),
             ValueError,
             "proj_v with 4 mixtures",
         ),

@@ -1,7 +1,8 @@
 """Matrix products over the length of a sequence, whose bits do not depend on the threads.
 
-A library that sums along a length of thousands cuts the sum where its threads meet. Up to 768 terms
-MKL was seen to give the same bits for 1 to 8 threads, so that longer sums are cut here.
+A library that sums along a length of thousands cuts the sum where its threads meet, so that longer
+sums are cut here. Up to 768 terms MKL was seen to give the same bits for 1 to 8 threads, unless the
+second matrix is stored by columns. Gradients are products of the same kinds.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,52 @@ CHUNK = 512
 _one_at_a_time = Lock()
 
 
-def chunked(x: Tensor) -> Tensor:
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b, (…, length, m) and (…, length, n) to (…, m, n)."""
+    return _SumOfProducts.apply(a, b)
+
+
+def times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix, (…, length, m) and (…, m, n) of few m, to (…, length, n)."""
+    return _Times.apply(x, matrix.expand(*x.shape[:-2], *matrix.shape[-2:]))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, however many columns a has."""
+    return _SumOfProducts.apply(a.mT, b)
+
+
+class _SumOfProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return (_chunked(a).mT @ _chunked(b).contiguous()).sum(-3)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return times(b, grad.mT), times(a, grad)
+
+
+class _Times(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, matrix: Tensor) -> Tensor:
+        return x @ matrix.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, matrix = ctx.saved_tensors
+        return times(grad, matrix.mT), sum_of_products(x, grad)
+
+
+def _chunked(x: Tensor) -> Tensor:
     """(…, length, size) as (…, chunks, rows of a chunk, size), with zeros behind the end."""
     length = x.shape[-2]
     rows = min(CHUNK, max(length, 1))
@@ -27,21 +74,6 @@ def chunked(x: Tensor) -> Tensor:
     if length % rows:
         x = pad(x, (0, 0, 0, chunks * rows - length))
     return x.unflatten(-2, (chunks, rows))
-
-
-def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b, (…, length, m) and (…, length, n) to (…, m, n)."""
-    return (chunked(a).mT @ chunked(b)).sum(-3)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, however many columns a has."""
-    return sum_of_products(a.mT, b)
-
-
-def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix, (…, length, m) and (…, m, n), whose gradient for the matrix is such a sum."""
-    return (chunked(x) @ matrix.unsqueeze(-3)).flatten(-3, -2)[..., : x.shape[-2], :]
 
 
 @contextmanager

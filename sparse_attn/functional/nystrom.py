@@ -15,7 +15,7 @@ from sparse_attn.functional._common import (
     scale_of,
     without_padding,
 )
-from sparse_attn.functional._products import one_thread
+from sparse_attn.functional._products import one_thread, product
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import Full
 from sparse_attn.patterns.arguments import index
@@ -101,8 +101,8 @@ def nystrom_attention(
         scale=scale,
         enable_gqa=gqa,
     )
-    middle = _softmax(scale * of_queries @ of_keys.mT, empty)
-    mixed = _pseudo_inverse(middle, iterations) @ gathered.to(middle.dtype)
+    middle = _softmax(scale * product(of_queries, of_keys.mT), empty)
+    mixed = product(_pseudo_inverse(middle, iterations), gathered.to(middle.dtype))
     if empty is not None:  # where each key is a landmark, there is nothing to approximate
         of_values = _segment_means(value, key_padding_mask, landmarks)[0]
         few = (~key_padding_mask).sum(-1) <= landmarks
@@ -145,12 +145,16 @@ def _segment_means(
 
 
 def _softmax(logits: Tensor, empty: Tensor | None) -> Tensor:
-    """Over the landmarks of the keys that are not empty; 0 if all are."""
-    if empty is None:
-        return logits.softmax(-1)
-    excluded = empty[:, None, None]
+    """Over the landmarks of the keys that are not empty; 0 if all are.
+
+    torch.softmax has a backward pass whose bits depend on the threads.
+    """
+    excluded = None if empty is None else empty[:, None, None]
     lowest = torch.finfo(logits.dtype).min
-    return logits.masked_fill(excluded, lowest).softmax(-1).masked_fill(excluded, 0)
+    logits = logits if empty is None else logits.masked_fill(excluded, lowest)
+    weights = (logits - logits.detach().amax(-1, keepdim=True)).exp()
+    weights = weights if empty is None else weights.masked_fill(excluded, 0)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
 
 
 def _pseudo_inverse(matrix: Tensor, iterations: int | None) -> Tensor:
@@ -162,7 +166,7 @@ def _pseudo_inverse(matrix: Tensor, iterations: int | None) -> Tensor:
     guess = matrix.mT / norms.clamp(min=tiny)[..., None, None]
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     for _ in range(iterations):
-        product = matrix @ guess
-        polynomial = 15 * identity - product @ (7 * identity - product)
-        guess = guess @ (13 * identity - product @ polynomial) / 4
+        near = product(matrix, guess)  # to the identity
+        polynomial = 15 * identity - product(near, 7 * identity - near)
+        guess = product(guess, 13 * identity - product(near, polynomial)) / 4
     return guess
