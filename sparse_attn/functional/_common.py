@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +23,40 @@ def visible(is_causal: bool) -> Pattern:
     return Causal() if is_causal else Full()
 
 
-def check_options(function: str, options: dict[str, Any]) -> None:
+def check_options(
+    function: str, options: dict[str, Any], known: tuple[str, ...] = _OPTIONS
+) -> None:
     """Raise TypeError, as Python does, for options that a function does not pass to `attention`."""
     for name in options:
-        if name not in _OPTIONS:
+        if name not in known:
             raise TypeError(
                 f"sparse_attn: expected the options of {function} to be among "
-                f"{', '.join(_OPTIONS)}, got {name}"
+                f"{', '.join(known)}, got {name}"
             )
+
+
+def in_autocast_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under autocast, cast the tensors as the ops do (float64 stays), and run without it.
+
+    What is computed in a wider type on purpose stays wide.
+    """
+
+    @functools.wraps(function)
+    def cast_and_run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        kind = tensors[0].device.type if tensors else "cpu"
+        if not torch.is_autocast_enabled(kind):
+            return function(*args, **kwargs)
+        dtype = torch.get_autocast_dtype(kind)
+
+        def cast(x: Any) -> Any:
+            narrow = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(dtype) if narrow else x
+
+        with torch.autocast(kind, enabled=False):
+            return function(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
+
+    return cast_and_run
 
 
 def scale_of(scale: float | None, head_dim: int) -> float:
@@ -82,14 +110,14 @@ def check_inputs(
         check_padding(key_padding_mask, key)
 
 
-def check_padding(mask: Tensor, key: Tensor, name: str = "key_padding_mask") -> None:
-    """Raise TypeError or ValueError unless the mask is (batch, n_k) bool, on key's device."""
+def check_padding(mask: object, x: Tensor, name: str = "key_padding_mask") -> None:
+    """Raise TypeError or ValueError unless the mask is (batch, length of x) bool, on its device."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         what = getattr(mask, "dtype", type(mask).__name__)
         raise TypeError(f"sparse_attn: expected {name} to be a bool Tensor, got {what}")
-    _check_shape(name, mask, (key.shape[0], key.shape[2]))
-    if mask.device != key.device:
-        raise ValueError(f"sparse_attn: expected {name} on device {key.device}, got {mask.device}")
+    _check_shape(name, mask, (x.shape[0], x.shape[2]))
+    if mask.device != x.device:
+        raise ValueError(f"sparse_attn: expected {name} on device {x.device}, got {mask.device}")
 
 
 def check_size(name: str, size: object, least: int) -> None:
@@ -98,6 +126,11 @@ def check_size(name: str, size: object, least: int) -> None:
         raise TypeError(f"sparse_attn: expected {name} to be an int, got {type(size).__name__}")
     if size < least:
         raise ValueError(f"sparse_attn: expected {name} to be at least {least}, got {size}")
+
+
+def without_padding(x: Tensor, padding: Tensor | None) -> Tensor:
+    """(batch, heads, length, size) with 0 for padded rows, whatever they hold."""
+    return x if padding is None else x.masked_fill(padding[:, None, :, None], 0)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
