@@ -22,8 +22,9 @@ from sparse_attn.patterns import (
     Window,
 )
 
-_BLOCKS = (64, 16)
+_BLOCKS = (8, 16, 32, 64, 128, 256)
 _MOST_BLOCKS = 512  # on a side of a fitted layout; its memory grows with their square
+_FULL = 0.99  # of the pairs: good enough
 _DILATIONS = (2, 4, 8)
 _GLOBALS = (1, 4, 16, 64)
 _SINKS = 4
@@ -35,10 +36,12 @@ class Candidates:
     Args:
         exact: The attention they are to come close to; causal ones if its reference is.
         most: Pairs.
+        samples: Reads what layouts are fitted to, anew at each call.
     """
 
-    def __init__(self, exact: Exact, most: float) -> None:
+    def __init__(self, exact: Exact, most: float, samples: Callable[[], Iterable[Sample]]) -> None:
         self.exact = exact
+        self.samples = samples
         self.most = most
         self.causal = exact.reference.causal
         self.n_q, self.n_k = exact.problem.sizes
@@ -74,9 +77,7 @@ class Candidates:
 
     def _blocks(self) -> Iterator[Pattern | None]:
         yield self._largest(lambda size: LocalBlocks(size + 1), self.n_k)
-        for block in _BLOCKS:
-            random = -(-self.n_k // block)
-            yield self._largest(lambda r, block=block: BigBird(block, random_blocks=r), random)
+        yield self._fullest(BigBird(block) for block in _BLOCKS)
 
     def _fitted(self) -> Iterator[Pattern | None]:
         """The best layouts of small blocks, and of larger ones, which run faster."""
@@ -85,7 +86,13 @@ class Candidates:
         smallest = max(4, 2 ** math.ceil(math.log2(longest / _MOST_BLOCKS)))
         for block in (smallest, 4 * smallest):
             scores = BlockScores(block)
-            scores.add(Sample(self.exact), attention_mass)
+            for sample in self.samples():
+                scores.add(sample, attention_mass)
+            if scores.sizes != (self.n_q, self.n_k):
+                raise ValueError(
+                    f"sparse_attn: expected samples of {self.n_q} queries and {self.n_k} keys, as "
+                    f"query and key, got {scores.sizes[0]} and {scores.sizes[1]}"
+                )
             shares = (self.most / whole * 0.9**step for step in range(12))
             yield self._first(scores.layout(min(share, 1.0)) for share in shares)
 
@@ -113,13 +120,15 @@ class Candidates:
         return max(fitting, key=self.exact.problem.pairs, default=None)
 
     def _largest(self, make: Callable[[int], Pattern], limit: int) -> Pattern | None:
-        """make(k) for the largest k in [0, limit] at which it fits."""
+        """make(k) for the largest k in [0, limit] at which it fits, to a percent of the pairs."""
         best, low, high = None, 0, limit
         while low <= high:
             middle = (low + high) // 2
             fit = self._fitting(make(middle))
             if fit is None:
                 high = middle - 1
-            else:
-                best, low = fit, middle + 1
+                continue
+            best, low = fit, middle + 1
+            if self.exact.problem.pairs(fit) >= _FULL * self.most:
+                break
         return best

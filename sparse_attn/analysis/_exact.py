@@ -75,7 +75,6 @@ class Problem:
 
     def pairs(self, pattern: Pattern) -> float:
         """Pairs of a head and example, on the average of those that the pattern tells apart."""
-        pattern = self.restricted(pattern)
         total, *_, copies = ops._pattern_cost(
             pattern.encode(), pattern.tensors(*self.sizes), *self.sizes
         )
@@ -92,7 +91,7 @@ class Exact:
         output: (batch, heads, n_q, value_dim).
         lse: (batch, heads, n_q), −inf where the reference has no key.
         counted: (batch, heads, n_q) bool: the queries that have keys and count.
-        pairs: Of the reference, for a head and example.
+        pairs: Of the reference, for a head and example, `rows` or not.
     """
 
     problem: Problem

@@ -34,8 +34,9 @@ def measure_method(
         return output, unknown, unknown, math.nan
     kept, overlap, used, rebuilt = _sum_columns(exact, inputs, method, block)
     _check_linear(exact, given.dtype, output, rebuilt)
-    batch, heads, _ = exact.problem.shape
-    whole = batch * heads * exact.pairs
+    problem = exact.problem
+    batch, heads, _ = problem.shape
+    whole = batch * heads * problem.pairs(problem.restricted(exact.reference))
     return output, kept, overlap, used / whole if whole else 1.0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from sparse_attn.analysis._blocks import check_share
 from sparse_attn.analysis._candidates import Candidates
 from sparse_attn.analysis._exact import Exact, make_problem, reference_of, within
 from sparse_attn.analysis._progress import shown
+from sparse_attn.analysis._samples import Sample, read_samples
 from sparse_attn.analysis.report import ApproximationReport, report_on
 from sparse_attn.patterns import Causal, Cost, Pattern, PerHead, check_pattern
 
@@ -77,6 +79,7 @@ def recommend_pattern(
     candidates: Iterable[Pattern] | None = None,
     *,
     is_causal: bool = False,
+    samples: Iterable[object] | None = None,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -100,6 +103,9 @@ def recommend_pattern(
         candidates: Patterns to choose from, the default ones if None. Those that cost more than
             the budget are left out.
         is_causal: Whether exact attention is over `Causal()`; candidates are intersected with it.
+        samples: What layouts of blocks are fitted to, as for `fit_pattern`, of as many queries and
+            keys. If None, these inputs themselves, on which what is fitted to them looks better
+            than on others.
         key_padding_mask: (batch, n_k) bool, True = ignore this key.
         scale: Factor of the products; 1 / √head_dim if None.
         enable_gqa: Let key and value have fewer heads, as in `attention`.
@@ -140,8 +146,12 @@ def recommend_pattern(
         )
     chosen = None if candidates is None else _check_candidates(candidates, is_causal)
     exact = Exact.of(problem, reference_of(is_causal, None))
-    most = budget * exact.pairs
-    patterns = list(Candidates(exact, most)) if chosen is None else _affordable(exact, chosen, most)
+    most = budget * exact.pairs * (1 + 1e-9)  # a share that was computed may be rounded
+    if chosen is None:
+        fitted_to = partial(_read, exact, None if samples is None else list(samples), is_causal)
+        patterns = list(Candidates(exact, most, fitted_to))
+    else:
+        patterns = _affordable(exact, chosen, most)
     if not patterns:
         raise ValueError(
             f"sparse_attn: expected budget to allow at least a window of one key, got {budget}"
@@ -152,6 +162,15 @@ def recommend_pattern(
         patterns, reports = [*patterns, *reports_of], [*reports, *reports_of.values()]
     rated = [_rate(p, r, budget) for p, r in zip(patterns, reports, strict=True)]
     return Recommendations(sorted(rated, key=lambda r: (-r.score, r.share)))
+
+
+def _read(exact: Exact, samples: list[object] | None, is_causal: bool) -> Iterable[Sample]:
+    """The samples; the problem itself, all its queries, if there are none."""
+    if samples is not None:
+        return read_samples(samples, is_causal, None, False)
+    if exact.problem.rows is not None:
+        exact = Exact.of(replace(exact.problem, rows=None), exact.reference)
+    return [Sample(exact)]
 
 
 def _check_candidates(candidates: Iterable[Pattern], is_causal: bool) -> list[Pattern]:

@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sparse_attn._library import ops
@@ -85,16 +87,22 @@ class _Recorder(TorchFunctionMode):
         self.samples, self.inside = samples, inside
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        if func is functional.multi_head_attention_forward:
+            # What it calls passes this mode by.
+            own = partial(self._recorded, functional.scaled_dot_product_attention)
+            with mock.patch.object(functional, "scaled_dot_product_attention", own):
+                return func(*args, **(kwargs or {}))
+        return self._recorded(func, *args, **(kwargs or {}))
+
+    def _recorded(self, func, *args, **kwargs):
         output = func(*args, **kwargs)
-        read = _READERS.get(func)
-        if read is not None:
-            sample = read(*args, **kwargs)
+        if func in _READERS:
+            sample = _READERS[func](*args, **kwargs)
             name = self.inside[-1] if self.inside else ""
             self.samples.setdefault(name, []).append(sample)
-            first = output if isinstance(output, Tensor) else output[0]
-            if first.requires_grad:
-                first.register_hook(partial(_keep_gradient, sample))
+            result = output if isinstance(output, Tensor) else output[0]
+            if result.requires_grad:
+                result.register_hook(partial(_keep_gradient, sample))
         return output
 
 
@@ -178,5 +186,5 @@ def _sample(query, key, value, padding, is_causal, scale) -> dict[str, Any]:
 
 _READERS = {
     ops.attention: _read_ours,
-    torch.nn.functional.scaled_dot_product_attention: _read_torch,
+    functional.scaled_dot_product_attention: _read_torch,
 }
