@@ -77,7 +77,8 @@ class Candidates:
 
     def _blocks(self) -> Iterator[Pattern | None]:
         yield self._largest(lambda size: LocalBlocks(size + 1), self.n_k)
-        yield self._fullest(BigBird(block) for block in _BLOCKS)
+        for random in (1, 3):
+            yield self._fullest(BigBird(block, random_blocks=random) for block in _BLOCKS)
 
     def _fitted(self) -> Iterator[Pattern | None]:
         """The best layouts of small blocks, and of larger ones, which run faster."""

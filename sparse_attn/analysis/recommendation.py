@@ -16,7 +16,7 @@ from sparse_attn.analysis._exact import Exact, make_problem, reference_of, withi
 from sparse_attn.analysis._progress import shown
 from sparse_attn.analysis._samples import Sample, read_samples
 from sparse_attn.analysis.report import ApproximationReport, report_on
-from sparse_attn.patterns import Causal, Cost, Pattern, PerHead, check_pattern
+from sparse_attn.patterns import Causal, Cost, Pattern, PerHead, Window, check_pattern
 
 #: What the whole budget must gain in score over a pattern that costs nothing.
 _PRICE = 0.05
@@ -144,22 +144,17 @@ def recommend_pattern(
         raise ValueError(
             f"sparse_attn: expected query and key with at least one token, got {problem.sizes}"
         )
-    chosen = None if candidates is None else _check_candidates(candidates, is_causal)
+    patterns = None if candidates is None else _check_candidates(candidates, is_causal)
     exact = Exact.of(problem, reference_of(is_causal, None))
     most = budget * exact.pairs * (1 + 1e-9)  # a share that was computed may be rounded
-    if chosen is None:
+    if patterns is None:
         fitted_to = partial(_read, exact, None if samples is None else list(samples), is_causal)
-        patterns = list(Candidates(exact, most, fitted_to))
-    else:
-        patterns = _affordable(exact, chosen, most)
-    if not patterns:
-        raise ValueError(
-            f"sparse_attn: expected budget to allow at least a window of one key, got {budget}"
-        )
+        patterns = list(Candidates(exact, most, fitted_to)) or [Window(0)]
+    patterns = _affordable(exact, patterns, most)
     reports = [report_on(exact, pattern) for pattern in shown(patterns, "patterns", "pattern")]
-    if chosen is None:
-        reports_of = _best_per_head(exact, patterns, reports, most)
-        patterns, reports = [*patterns, *reports_of], [*reports, *reports_of.values()]
+    if candidates is None:
+        mixed = _best_per_head(exact, patterns, reports, most)
+        patterns, reports = [*patterns, *mixed], [*reports, *mixed.values()]
     rated = [_rate(p, r, budget) for p, r in zip(patterns, reports, strict=True)]
     return Recommendations(sorted(rated, key=lambda r: (-r.score, r.share)))
 
