@@ -211,6 +211,22 @@ def test_a_function_is_measured_as_the_pattern_that_it_runs(expression, gqa):
         assert getattr(measured, name) == pytest.approx(getattr(expected, name), rel=1e-4)
 
 
+def test_what_a_partial_binds_holds_for_exact_attention():
+    query, key, value = cases.inputs(Shape(n_q=50, head_dim=8), torch.float64)
+    options = {"scale": 0.3, "key_padding_mask": cases.padding(2, 50)}
+    for pattern in (Window(8), Window(8, 0)):
+        method = functools.partial(attention, pattern=pattern, **options)
+        measured = approximation_report(query, key, value, method)
+        expected = approximation_report(query, key, value, pattern, **options)
+        assert measured.reference == expected.reference
+        for name in MASSES:
+            assert getattr(measured, name) == pytest.approx(getattr(expected, name), rel=1e-10)
+    method = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+    assert approximation_report(query, key, value, method).error < 1e-12
+    assert approximation_report(query, key, value, method, is_causal=False).error > 0.1
+    assert approximation_report(query, key, value, method, reference=Full()).error > 0.1
+
+
 def test_top_k():
     query, key, value = cases.inputs(Shape(n_q=50, head_dim=8), torch.float64)
     indices = (query @ key.mT).topk(6).indices

@@ -70,7 +70,7 @@ class Candidates:
         """A window, and keys that everyone sees: the first ones, and those with most attention."""
         first = FirstLast(min(_SINKS, self.n_k), 0)
         yield self._largest(lambda w: self._near(w) | first, self.n_k)
-        order = self.exact.received().sum(0).sort(descending=True, stable=True).indices.tolist()
+        order = self.exact.received().sort(descending=True, stable=True).indices.tolist()
         for number in _GLOBALS:
             keys = GlobalKeys(order[:number])
             yield self._largest(lambda w, keys=keys: self._near(w) | keys, self.n_k)

@@ -19,6 +19,9 @@ from sparse_attn.patterns.arguments import index
 #: Keys of one pass over groups of keys, at least: fewer leave tiles half empty.
 _KEYS = 64
 
+#: Numbers that such a pass may give, at most, if it has more than one group.
+_NUMBERS = 2**25
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -114,7 +117,7 @@ class Exact:
         """exp(lse − log-sum-exp of the reference): the exact weight on a set of keys, 0 where the
         query does not count."""
         gap = torch.where(self.counted, lse - self.lse, -math.inf)
-        return gap.exp()
+        return gap.clamp(max=0).exp()  # what is over 0 is rounding
 
     def key_groups(self, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """The exact weights, summed over groups of `size` neighboring keys, some groups at a time.
@@ -124,7 +127,7 @@ class Exact:
             time. All together takes about as long as one pass of attention.
         """
         batch, heads_kv, n_k, _ = self.problem.key.shape
-        groups = max(1, _KEYS // size)
+        groups = max(1, min(_KEYS // size, _NUMBERS // max(1, self.lse.numel())))
         steps = range(0, n_k, groups * size)
         for first in shown(steps, what, "block"):
             stop = min(n_k, first + groups * size)
@@ -137,14 +140,8 @@ class Exact:
             yield keys[::size], output * self.share_of(lse)[..., None]
 
     def received(self) -> Tensor:
-        """What each key gets in all, (heads_kv, n_k): the gradient of ones for a value of ones."""
-        problem = self.problem
-        batch, heads_kv, n_k, _ = problem.key.shape
-        value = problem.key.new_ones(batch, heads_kv, n_k, 1).requires_grad_()
-        with torch.enable_grad():
-            output, _ = problem.attend(self.reference, value)
-        counted = self.counted[..., None].to(output.dtype)
-        return torch.autograd.grad(output, value, counted)[0][..., 0].sum(0)
+        """What each key gets from all queries, heads and examples, (n_k,)."""
+        return torch.cat([weights.sum((0, 1, 2)) for _, weights in self.key_groups(1, "keys")])
 
 
 def make_problem(

@@ -68,7 +68,8 @@ def _sum_columns(
         used += (given != 0).sum()
         with torch.autocast(query.device.type, enabled=False):
             rebuilt += given @ known[:, :, first:stop]
-    return kept, overlap, int(used), rebuilt
+    # What is over 1 is rounding.
+    return kept.clamp(max=1), overlap.clamp(max=1), int(used), rebuilt
 
 
 def _check_linear(exact: Exact, dtype: torch.dtype, output: Tensor, rebuilt: Tensor) -> None:

@@ -150,7 +150,8 @@ def approximation_report(
         value: (batch, heads, n_k, value_dim).
         method: A `Pattern`, or a function of query, key and value that returns the output:
             `functools.partial(functional.topk_attention, k=32)`. A function is called with these
-            tensors alone: bind is_causal and key_padding_mask to it.
+            tensors alone: bind everything else to it. What a partial binds of is_causal,
+            key_padding_mask and scale holds for exact attention too if it is not given here.
         is_causal: Whether exact attention is over `Causal()` (a pattern that is not causal is then
             intersected with it) or `Full()`; if None, as the pattern is, `Full()` for a function.
         key_padding_mask: (batch, n_k) bool, True = ignore this key.
@@ -190,14 +191,20 @@ def approximation_report(
             "sparse_attn: expected method to be a Pattern or a function of query, key and value, "
             f"got {type(method).__name__}"
         )
-    exact_pattern = reference_of(is_causal, reference, pattern)
+    bound = method.keywords if isinstance(method, functools.partial) else {}
+    if is_causal is None and reference is None:
+        is_causal = bound.get("is_causal")
+    over = bound.get("pattern", pattern)
+    exact_pattern = reference_of(is_causal, reference, over if isinstance(over, Pattern) else None)
     problem = make_problem(
         query,
         key,
         value,
-        key_padding_mask=key_padding_mask,
+        key_padding_mask=bound.get("key_padding_mask")
+        if key_padding_mask is None
+        else key_padding_mask,
         query_padding_mask=query_padding_mask,
-        scale=scale,
+        scale=bound.get("scale") if scale is None else scale,
         enable_gqa=enable_gqa,
         queries=queries,
     )
