@@ -9,6 +9,16 @@ torch.Size([1, 8, 1000, 64])
 """
 
 from sparse_attn import functional, huggingface, nn
+from sparse_attn.analysis import (
+    ApproximationReport,
+    Recommendation,
+    Recommendations,
+    approximation_report,
+    fit_pattern,
+    gradient_pattern,
+    recommend_pattern,
+    record_attention,
+)
 from sparse_attn.cache import KVCache
 from sparse_attn.functional import attention
 from sparse_attn.info import build_info, clear_plan_cache, cmake_prefix_path, plan_info
@@ -69,6 +79,7 @@ from sparse_attn.tables import BlockBias, SlotBias, alibi_slopes
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApproximationReport",
     "BigBird",
     "BigBirdSelfAttention",
     "BlockBias",
@@ -106,6 +117,8 @@ __all__ = [
     "RandomBlocks",
     "RandomTokens",
     "ReceptiveField",
+    "Recommendation",
+    "Recommendations",
     "ReformerSelfAttention",
     "RelativePositionGenerator",
     "RoutingSelfAttention",
@@ -119,14 +132,19 @@ __all__ = [
     "Union",
     "Window",
     "alibi_slopes",
+    "approximation_report",
     "attention",
     "build_info",
     "clear_plan_cache",
     "cmake_prefix_path",
+    "fit_pattern",
     "functional",
+    "gradient_pattern",
     "huggingface",
     "merge",
     "nn",
     "plan_info",
+    "recommend_pattern",
+    "record_attention",
     "replace_multihead_attention",
 ]

@@ -18,6 +18,12 @@ MODULES = ["sparse_attn"] + [
 ]
 
 
+PAGES = [
+    path.name
+    for path in sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+    if ">>> " in path.read_text()
+]
+
 # Examples of the patterns use one another without importing them each time.
 PUBLIC = sparse_attn.__all__
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -39,7 +45,7 @@ def test_there_are_examples():
     assert sum(len(test.examples) for test in tests) > 0
 
 
-@pytest.mark.parametrize("name", ["linear.md", "modules.md", "ops.md", "patterns.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_examples_of_the_pages(name):
     page = Path(__file__).parent.parent / "docs" / name
     result = doctest.testfile(str(page), module_relative=False, optionflags=OPTIONS)
