@@ -11,7 +11,6 @@ It needs transformers: pip install "transformers>=4.57".
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,7 @@ from statistics import median
 from finetune.data import HELD_OUT, KINDS, load_documents
 from finetune.measure import ATTENTIONS, Settings, measure
 from finetune.plots import save_figure
-from long_text.command import HelpFormatter, count, pick, positive
+from long_text.command import HelpFormatter, count, measure_apart, pick, positive
 from long_text.data import DataError
 from long_text.training import set_threads
 
@@ -78,11 +77,10 @@ def compare(args: argparse.Namespace) -> int:
     """Run this script with either attention, one after the other; returns the exit status."""
     results = {}
     for attention in ATTENTIONS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--measure", attention]
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if child.returncode:
-            return child.returncode  # it has said why
-        results[attention] = json.loads(child.stdout.splitlines()[-1])
+        result = measure_apart(__file__, attention)
+        if isinstance(result, int):
+            return result  # it has said why
+        results[attention] = result
     report(results)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results) + "\n")

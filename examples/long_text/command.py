@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -170,6 +171,14 @@ def summarize(
         "settings": asdict(trainer.settings),
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def measure_apart(script: str, what: str) -> dict | int:
+    """What `script --measure what`, with the options of this process, prints last, as JSON; its
+    exit status if it fails. In a process of its own, peak memory is its own."""
+    command = [sys.executable, script, *sys.argv[1:], "--measure", what]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return child.returncode or json.loads(child.stdout.splitlines()[-1])
 
 
 def start_and_run(

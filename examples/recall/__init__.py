@@ -1,0 +1,1 @@
+"""Associative recall over long sequences, learned with one method of attention after the other."""
