@@ -300,6 +300,16 @@ def test_a_key_is_missing():
     assert report.error == 1
 
 
+def test_threads_do_not_matter():
+    inputs = cases.inputs(Shape(n_q=3000, head_dim=16, batch=1, heads=1))
+    reports = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        reports.append(approximation_report(*inputs, Window(30)))
+    torch.set_num_threads(1)
+    assert reports[0] == reports[1]
+
+
 def test_autocast_and_gradients_do_not_matter():
     query, key, value = cases.inputs(Shape(n_q=50, head_dim=8))
     expected = approximation_report(query, key, value, Window(5))
