@@ -237,6 +237,22 @@ def test_gradients_keys_padding_and_grouped_queries():
     assert gradient_pattern([sample], keys=99).indices.shape == (4, 33, 41)
 
 
+def test_gradients_of_queries_left_out():
+    (query, key, value, grad_output), importance = with_gradient(33)
+    left_out = cases.padding(2, 33)
+    rows = left_out[:, None, :, None]
+    sample = {
+        "query": query.masked_fill(rows, math.nan),
+        "key": key,
+        "value": value,
+        "grad_output": grad_output.masked_fill(rows, math.inf),
+        "query_padding_mask": left_out,
+    }
+    sums = block_sums(importance.masked_fill(rows, 0), 8)
+    expected = best_layout(sums, int(0.4 * 25), best_of_rows(sums))
+    assert torch.equal(gradient_pattern([sample], 8, 0.4).layout, expected)
+
+
 def test_causal_keys():
     sample, importance = with_gradient(20, causal=True)
     pattern = gradient_pattern([sample], keys=4, is_causal=True)

@@ -31,7 +31,7 @@ def gradient_importance(sample: Sample, block: int) -> Iterator[tuple[Tensor, Te
     for keys, weights in sample.exact.key_groups(1, "gradients"):
         with torch.autocast(value.device.type, enabled=False):
             slopes = sample.grad_output @ value[:, :, keys].mT
-        yield keys, (weights * slopes).abs()
+        yield keys, weights.mul_(slopes).abs_()
 
 
 def check_share(name: str, share: object) -> float:
@@ -56,7 +56,7 @@ class BlockScores:
         """Add the scores of a sample."""
         self._make_room(sample)
         for keys, of_queries in scores(sample, self.block):
-            by_key = of_queries.double().sum(0)
+            by_key = of_queries.sum(0, dtype=torch.float64)
             rows = torch.nn.functional.pad(by_key, (0, 0, 0, -by_key.shape[1] % self.block))
             by_key = rows.unflatten(1, (-1, self.block)).sum(2)
             columns = keys // self.block

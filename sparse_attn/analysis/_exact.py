@@ -13,7 +13,15 @@ from sparse_attn._library import ops
 from sparse_attn.analysis._progress import shown
 from sparse_attn.functional._common import check_inputs, scale_of
 from sparse_attn.functional.patterned import attention
-from sparse_attn.patterns import Causal, Full, GlobalKeys, GlobalQueries, Pattern, check_pattern
+from sparse_attn.patterns import (
+    BlockLayout,
+    Causal,
+    Full,
+    GlobalKeys,
+    GlobalQueries,
+    Pattern,
+    check_pattern,
+)
 from sparse_attn.patterns.arguments import index
 
 #: Keys of one pass over groups of keys, at least: fewer leave tiles half empty.
@@ -119,6 +127,17 @@ class Exact:
         gap = torch.where(self.counted, lse - self.lse, -math.inf)
         return gap.clamp(max=0).exp()  # what is over 0 is rounding
 
+    def weighted(self, first: int, stop: int, value: Tensor) -> Tensor:
+        """The sum of the values of the keys in [first, stop) by their exact weights; 0 where the
+        query does not count."""
+        n_q, n_k = self.problem.sizes
+        # All pairs, but as data: such plans are not kept, and hundreds would crowd out all others.
+        everything = torch.ones(1, 1, dtype=torch.bool, device=value.device)
+        unkept = BlockLayout(everything, max(n_q, n_k, 1))
+        part = self.reference & GlobalKeys(range(first, stop)) & unkept
+        output, lse = self.problem.attend(part, value)
+        return output.mul_(self.share_of(lse)[..., None])
+
     def key_groups(self, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """The exact weights, summed over groups of `size` neighboring keys, some groups at a time.
 
@@ -134,14 +153,15 @@ class Exact:
             member = self.problem.key.new_zeros(n_k, -(-(stop - first) // size))
             keys = torch.arange(first, stop, device=member.device)
             member[keys, (keys - first) // size] = 1
-            part = self.reference & GlobalKeys(range(first, stop))
             value = member.expand(batch, heads_kv, *member.shape)
-            output, lse = self.problem.attend(part, value)
-            yield keys[::size], output * self.share_of(lse)[..., None]
+            yield keys[::size], self.weighted(first, stop, value)
 
     def received(self) -> Tensor:
         """What each key gets from all queries, heads and examples, (n_k,)."""
-        return torch.cat([weights.sum((0, 1, 2)) for _, weights in self.key_groups(1, "keys")])
+        received = self.problem.key.new_empty(self.problem.sizes[1])
+        for keys, weights in self.key_groups(1, "keys"):
+            received[keys] = weights.sum((0, 1, 2))  # a list of small ones would split the heap
+        return received
 
 
 def make_problem(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sparse_attn.analysis._exact import Exact
 from sparse_attn.analysis._progress import shown
-from sparse_attn.patterns import GlobalKeys
 
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -59,9 +58,7 @@ def _sum_columns(
         unit = value.new_zeros(*value.shape[:3], block)  # as wide at the end: methods may mind
         unit[:, :, first:stop].diagonal(0, -2, -1).fill_(1)
         given = _call(method, query, key, unit).to(exact.output.dtype)
-        part = exact.reference & GlobalKeys(range(first, stop))
-        columns, lse = problem.attend(part, unit.to(exact.output.dtype))
-        columns = (columns * exact.share_of(lse)[..., None])[..., : stop - first]
+        columns = exact.weighted(first, stop, unit.to(exact.output.dtype))[..., : stop - first]
         given = given[..., : stop - first].masked_fill(~counted, 0)
         kept += columns.masked_fill(given == 0, 0).sum(-1)
         overlap += torch.minimum(columns, given).sum(-1)
