@@ -304,8 +304,8 @@ class TestProperties:
         assert torch.equal(output, half)
 
     def test_compiled(self, name):
-        if name == "tucker_fitted":
-            pytest.skip("the graph of tucker, several times")
+        if name.startswith("tucker"):
+            pytest.skip("the same steps as low_rank, many times over")
         torch._dynamo.reset()
         leaves = [x.requires_grad_() for x in inputs(Shape(20, 30, 8))]
         padding = cases.padding(2, 30)
@@ -380,7 +380,7 @@ def test_linformer_parameters():
     layer = LinformerSelfAttention(32, 4, seq_len=50, k=16, device=DEVICE)
     assert layer.proj_k.shape == layer.proj_v.shape == (50, 16)
     assert layer.proj_k.abs().max() <= 0.25
-    assert layer.proj_k.std() == pytest.approx(0.25 / math.sqrt(3), rel=0.1)
+    assert layer.proj_k.std().item() == pytest.approx(0.25 / math.sqrt(3), rel=0.1)
     assert LinformerSelfAttention(32, 4, seq_len=50, k=16, share_kv=True).proj_v is None
     assert LinformerSelfAttention(32, 4, seq_len=50, k=16, per_head=True).proj_k.shape == (
         4,

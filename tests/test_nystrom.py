@@ -1,6 +1,7 @@
 """Attention through landmarks, against its definition and the code of transformers."""
 
 import math
+from itertools import pairwise
 
 import cases
 import pytest
@@ -18,7 +19,7 @@ def segment_means(x, segments):
     """Means of runs of tokens, in order, whose lengths differ by one at most."""
     length = x.shape[2]
     bounds = [s * length // segments for s in range(segments + 1)]
-    runs = zip(bounds[:-1], bounds[1:], strict=True)
+    runs = pairwise(bounds)
     return torch.stack([x[:, :, a:b].mean(2) for a, b in runs if b > a], 2)
 
 

@@ -26,6 +26,11 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     return _SumOfProducts.apply(a, b)
 
 
+def gram(x: Tensor) -> Tensor:
+    """xᵀ x."""
+    return sum_of_products(x, x.view_as(x))  # torch.compile wants two tensors
+
+
 def times(x: Tensor, matrix: Tensor) -> Tensor:
     """x @ matrix, (…, length, m) and (…, m, n) of few m, to (…, length, n)."""
     return _Times.apply(x, matrix.expand(*x.shape[:-2], *matrix.shape[-2:]))

@@ -14,7 +14,7 @@ from sparse_attn.functional._common import (
     scale_of,
     without_padding,
 )
-from sparse_attn.functional._products import product, sum_of_products, times
+from sparse_attn.functional._products import gram, product, sum_of_products, times
 from sparse_attn.functional._spectrum import inverse, projector
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import Full
@@ -75,8 +75,7 @@ def low_rank_attention(
     if rank >= min(key.shape[2:]):
         return attention(query, key, value, Full(), **options)
     key = without_padding(key, key_padding_mask)
-    wide = key.double()
-    basis = projector(sum_of_products(wide, wide), rank)[1].to(key.dtype)
+    basis = projector(gram(key.double()), rank)[1].to(key.dtype)
     group = query.shape[1] // max(key.shape[1], 1)
     query = times(query, basis.repeat_interleave(group, 1))
     return attention(query, times(key, basis), value, Full(), **options)
@@ -142,7 +141,7 @@ def tucker_attention(
         return attention(query, key, value, Full(), **options)
     key = without_padding(key, key_padding_mask)
     rows = key.transpose(1, 2).flatten(2).double()
-    matrix, basis = _tucker(sum_of_products(rows, rows), heads, ranks, iterations)
+    matrix, basis = _tucker(gram(rows), heads, ranks, iterations)
     fitted = times(rows, matrix).unflatten(-1, (heads, -1)).transpose(1, 2)
     query = times(query, basis[:, None].to(query.dtype))
     return attention(query, fitted.to(key.dtype), value, Full(), **options)
@@ -226,12 +225,14 @@ def _check_ranks(ranks: object) -> list[int]:
     return [index("ranks", rank, 1) for rank in ranks]
 
 
-def _tucker(gram: Tensor, heads: int, ranks: list[int], iterations: int) -> tuple[Tensor, Tensor]:
+def _tucker(
+    of_rows: Tensor, heads: int, ranks: list[int], iterations: int
+) -> tuple[Tensor, Tensor]:
     """What keys as rows of all heads' features are multiplied by, and the basis of the features.
 
-    With M the keys as rows, (n_k, heads · features), `gram` is Mᵀ M. Projecting the modes of heads
-    and features multiplies M by projectors from the right, and so does projecting the keys: the
-    best approximation of M of lower rank is M W Wᵀ, W the leading eigenvectors of Mᵀ M.
+    With M the keys as rows, (n_k, heads · features), `of_rows` is Mᵀ M. Projecting the modes of
+    heads and features multiplies M by projectors from the right, and so does projecting the keys:
+    the best approximation of M of lower rank is M W Wᵀ, W the leading eigenvectors of Mᵀ M.
     """
     rank_heads, rank_keys, rank_features = ranks
     if iterations:  # a mode that is fitted to the others has no more dimensions than they have
@@ -251,21 +252,21 @@ def _tucker(gram: Tensor, heads: int, ranks: list[int], iterations: int) -> tupl
     def modes(products: Tensor) -> Tensor:
         return products.unflatten(-2, (heads, -1)).unflatten(-1, (heads, -1))
 
-    products = modes(gram)
-    all_heads, all_features = (torch.eye(n).to(gram)[None] for n in products.shape[1:3])
-    project_heads, basis_heads = of_heads(products, all_features.expand(len(gram), -1, -1))
-    project_features, basis = of_features(products, all_heads.expand(len(gram), -1, -1))
-    project_keys = projector(gram, rank_keys)[0]
+    products = modes(of_rows)
+    all_heads, all_features = (torch.eye(n).to(of_rows)[None] for n in products.shape[1:3])
+    project_heads, basis_heads = of_heads(products, all_features.expand(len(of_rows), -1, -1))
+    project_features, basis = of_features(products, all_heads.expand(len(of_rows), -1, -1))
+    project_keys = projector(of_rows, rank_keys)[0]
     for _ in range(iterations):
         others = _kronecker(basis_heads, basis)
-        along = product(gram, others)
+        along = product(of_rows, others)
         inner = product(others.mT, along)
         fitted = modes(product(product(along, inverse(inner, rank_keys)), along.mT))
         project_heads, basis_heads = of_heads(fitted, project_features)
         project_features, basis = of_features(fitted, project_heads)
     if iterations:
         others = _kronecker(basis_heads, basis)
-        inner = product(product(others.mT, gram), others)
+        inner = product(product(others.mT, of_rows), others)
         project_keys = product(product(others, projector(inner, rank_keys)[0]), others.mT)
     return product(project_keys, _kronecker(project_heads, basis)), basis
 
