@@ -6,7 +6,7 @@
 namespace sparse_attn {
 
 /// output[i] = sum over the keys j <= i + n_k - n_q of (query[i] . key[j]) value[j], or over those
-/// from there on if `reverse`.
+/// from there on if `reverse`. Of sums, output = sum of key[j]^T value[j], (size, value_dim).
 struct ProductParams {
   DataType dtype = DataType::kFloat32;
   bool reverse = false;

@@ -275,7 +275,7 @@ class _Mapped(_Features):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         query, key = map_features(self.feature_map, inputs.query, inputs.key, padding)
         rows = causal_products(query, key, inputs.value)
-        total = key.mT @ inputs.value
+        total = ops.outer_sums(key, inputs.value)
         if sums:
             rows = rows + all_products(query, sums[0])
             total = total + sums[0]
@@ -314,11 +314,11 @@ class _Softmax(_Features):
         values = kept_values + value.cumsum(2)
         rows = (
             _factor(power, largest) * ops.causal_products(query, of_key, value)
-            + _factor(kept_power, largest) * (query @ kept)
+            + _factor(kept_power, largest) * ops.sum_products(query, kept)
             + values * (weight * eps_of_sums(self.eps, self.projection)).unsqueeze(-1)
         )
         joint = torch.maximum(power, kept_power)
-        total = _factor(power, joint.unsqueeze(-1)) * (of_key.mT @ value)
+        total = _factor(power, joint.unsqueeze(-1)) * ops.outer_sums(of_key, value)
         total = total + _factor(kept_power, joint.unsqueeze(-1)) * kept
         return normalise(rows, 0.0, inputs.dtype), (
             total,

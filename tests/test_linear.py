@@ -16,7 +16,8 @@ from torch.library import opcheck
 from sparse_attn.functional import linear_attention, orthogonal_features, performer_attention
 
 LENGTHS = [(67, 67), (30, 67), (67, 30), (1, 70), (130, 130)]
-FEATURES = torch.ops.sparse_attn.positive_features
+OPS = torch.ops.sparse_attn
+FEATURES, PRODUCTS = OPS.positive_features, OPS.feature_products
 
 
 def projection(count: int = 40, head_dim: int = 16, heads: int | None = None, dtype=torch.float64):
@@ -144,6 +145,58 @@ def test_features_of_the_op(mode):
     features, sums, *_ = FEATURES(x, weights, padding, mode, 0.3, 0.01)
     torch.testing.assert_close(features.sum(-1), sums)
     opcheck(FEATURES, (x, weights, padding, mode, 0.3, 0.01))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("mode", [0, 1])
+def test_products_of_features(mode, transposed):
+    """The features are made again in the backward pass: the same numbers as if they were kept."""
+    x = cases.normal(2, 2, 4, 3).requires_grad_()
+    weights = projection(5, 3, 2).requires_grad_()
+    other = cases.normal(2, 2, 4 if transposed else 5, 2, seed=1).requires_grad_()
+    padding = cases.padding(2, 4) if mode else None
+    given = x, weights, other, padding, mode, transposed, 0.3, 0.01
+    features = FEATURES(x, weights, padding, mode, 0.3, 0.01)[0]
+    torch.testing.assert_close(PRODUCTS(*given), (features.mT if transposed else features) @ other)
+    opcheck(PRODUCTS, given)
+
+    def function(x, weights, other):
+        return PRODUCTS(x, weights, other, *given[3:])
+
+    assert gradcheck(function, given[:3], check_forward_ad=True)
+    assert gradgradcheck(function, given[:3])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_slices_of_heads(transposed):
+    """More heads than features are made for at a time."""
+    for batch, heads, n in ((3, 5, 4000), (5, 2, 20000), (2, 2, 70000)):
+        x = cases.normal(batch, heads, n, 2)
+        weights = projection(20, 2, heads)
+        other = cases.normal(batch, heads, n if transposed else 20, 2, seed=1)
+        features = FEATURES(x, weights, None, 1)[0]
+        expected = (features.mT if transposed else features) @ other
+        torch.testing.assert_close(PRODUCTS(x, weights, other, None, 1, transposed), expected)
+
+
+def test_sums():
+    for lengths in ((2, 3, 70, 9, 5), (1, 1, 3000, 17, 33), (1, 2, 5, 300, 1)):
+        batch, heads, n, size, value_dim = lengths
+        key, value = cases.normal(batch, heads, n, size), cases.normal(batch, heads, n, value_dim)
+        torch.testing.assert_close(OPS.outer_sums(key, value), key.mT @ value)
+    key, value = (cases.normal(1, 2, 5, d, seed=d).requires_grad_() for d in (3, 2))
+    sums = cases.normal(1, 2, 3, 2, seed=4).requires_grad_()
+    for op, pair in ((OPS.outer_sums, (key, value)), (OPS.sum_products, (key, sums))):
+        assert gradcheck(op, pair, check_forward_ad=True)
+        assert gradgradcheck(op, pair)
+        opcheck(op, pair)
+    for dtype in cases.DTYPES:
+        pair = [
+            x.to(dtype) for x in (cases.normal(1, 2, 600, 9), cases.normal(1, 2, 600, 7, seed=1))
+        ]
+        exact = pair[0].double().mT @ pair[1].double()
+        error = (OPS.outer_sums(*pair).double() - exact).abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_converges_to_softmax_attention():

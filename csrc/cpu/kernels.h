@@ -20,6 +20,8 @@ struct Kernel {
 struct LinearKernels {
   std::int64_t (*products_workspace)(const ProductParams&, int threads);
   void (*products)(const ProductParams&, const Parallel&);
+  std::int64_t (*sums_workspace)(const ProductParams&, int threads);
+  void (*sums)(const ProductParams&, const Parallel&);
   void (*features)(const FeatureParams&, const Parallel&);
   void (*features_backward)(const FeatureParams&, const Parallel&);
 };

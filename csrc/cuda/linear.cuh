@@ -28,11 +28,15 @@ struct LinearTiles {
     sync_threads();
   }
 
-  template <class Element>
+  /// Neighboring threads ask for neighboring columns, whichever way round the tile gets them.
+  template <bool kTransposed, class Element>
   __device__ void fill_tile(const Element& element) {
     sync_threads();
-    for (int i = static_cast<int>(threadIdx.x); i < kMaxTile * kMaxTile; i += kSimtThreads)
-      *Products::at(tile, i / kMaxTile, i % kMaxTile) = element(i / kMaxTile, i % kMaxTile);
+    for (int i = static_cast<int>(threadIdx.x); i < kMaxTile * kMaxTile; i += kSimtThreads) {
+      const int row = i / kMaxTile, column = i % kMaxTile;
+      *Products::at(tile, kTransposed ? column : row, kTransposed ? row : column) =
+          element(row, column);
+    }
   }
 };
 
@@ -89,7 +93,7 @@ struct LinearSums {
                        end = begin + call.segment < p.n_k ? begin + call.segment : p.n_k;
     for (std::int64_t token = begin; token < end; token += kMaxTile) {
       tiles.load_tokens(tiles.other, token, end);
-      tiles.fill_tile([&](int j, int i) {  // in the order of memory: the tile is key^T
+      tiles.template fill_tile<true>([&](int j, int i) {
         const bool valid = token + j < end && feature + i < p.size;
         return valid ? widen(key.row(token + j)[feature + i]) : T{0};
       });
@@ -224,7 +228,7 @@ struct LinearProducts {
     const HeadView<const S> queries = linear_head<S>(p.query, call, head);
     for (std::int64_t feature = 0; feature < p.size; feature += kMaxTile) {
       tiles.load_tokens(tiles.other, feature, p.size);
-      tiles.fill_tile([&](int i, int c) {
+      tiles.template fill_tile<false>([&](int i, int c) {
         const bool valid = tiles.own[i] >= 0 && feature + c < p.size;
         return valid ? widen(queries.row(tiles.own[i])[feature + c]) : T{0};
       });

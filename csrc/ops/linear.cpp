@@ -43,6 +43,16 @@ at::Tensor products_meta(const at::Tensor& query, const at::Tensor& key, const a
   return empty_causal_products(query, value);
 }
 
+at::Tensor sums_meta(const at::Tensor& key, const at::Tensor& value) {
+  check_outer_sums(key, value);
+  return empty_outer_sums(key, value);
+}
+
+/// Each number is a sum within one row: library products keep its order.
+at::Tensor sum_products(const at::Tensor& query, const at::Tensor& sums) {
+  return at::matmul(query, sums);
+}
+
 FeatureOutputs features_meta(const at::Tensor& input, const at::Tensor& projection,
                              const std::optional<at::Tensor>& padding, std::int64_t reference,
                              double scale, double eps) {
@@ -72,6 +82,26 @@ c10::TypedOperatorHandle<CausalProducts> causal_products_op() {
   return op;
 }
 
+c10::TypedOperatorHandle<OuterSums> outer_sums_op() {
+  static const auto op = find<OuterSums>("sparse_attn::outer_sums");
+  return op;
+}
+
+c10::TypedOperatorHandle<SumProducts> sum_products_op() {
+  static const auto op = find<SumProducts>("sparse_attn::sum_products");
+  return op;
+}
+
+c10::TypedOperatorHandle<FeatureProducts> feature_products_op() {
+  static const auto op = find<FeatureProducts>("sparse_attn::feature_products");
+  return op;
+}
+
+c10::TypedOperatorHandle<FeatureProductsBackward> feature_products_backward_op() {
+  static const auto op = find<FeatureProductsBackward>("sparse_attn::feature_products_backward");
+  return op;
+}
+
 c10::TypedOperatorHandle<PositiveFeatures> positive_features_op() {
   static const auto op = find<PositiveFeatures>("sparse_attn::positive_features");
   return op;
@@ -98,6 +128,15 @@ void check_causal_products(const at::Tensor& query, const at::Tensor& key,
   }
   check_size("key", key, 3, query.sym_size(3), "query's size");
   check_size("value", value, 2, key.sym_size(2), "key's length");
+}
+
+void check_outer_sums(const at::Tensor& key, const at::Tensor& value) {
+  check_causal_products(key, key, value);
+}
+
+at::Tensor empty_outer_sums(const at::Tensor& key, const at::Tensor& value) {
+  return at::empty_symint({key.sym_size(0), key.sym_size(1), key.sym_size(3), value.sym_size(3)},
+                          key.options());
 }
 
 at::Tensor empty_causal_products(const at::Tensor& query, const at::Tensor& value) {
@@ -156,9 +195,20 @@ at::Tensor feature_products(const at::Tensor& input, const at::Tensor& projectio
   return at::matmul(input, (projection * std::sqrt(scale)).mT());
 }
 
+TORCH_LIBRARY_IMPL(sparse_attn, CompositeExplicitAutograd, m) {
+  m.impl("sum_products", TORCH_FN(sum_products));
+}
+
 TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
   for (const char* const schema :
        {"causal_products(Tensor query, Tensor key, Tensor value, bool reverse=False) -> Tensor",
+        "outer_sums(Tensor key, Tensor value) -> Tensor",
+        "sum_products(Tensor query, Tensor sums) -> Tensor",
+        "feature_products(Tensor input, Tensor projection, Tensor other, Tensor? padding=None, int "
+        "reference=0, bool transposed=False, float scale=1.0, float eps=0.0001) -> Tensor",
+        "feature_products_backward(Tensor grad, Tensor input, Tensor projection, Tensor other, "
+        "Tensor? padding, int reference, bool transposed, float scale, float eps, bool[3] wanted) "
+        "-> (Tensor grad_input, Tensor grad_projection, Tensor grad_other)",
         "positive_features(Tensor input, Tensor projection, Tensor? padding=None, int reference=0, "
         "float scale=1.0, float eps=0.0001) -> (Tensor features, Tensor sums, Tensor maximum, "
         "Tensor constant, Tensor index)",
@@ -171,6 +221,7 @@ TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
 
 TORCH_LIBRARY_IMPL(sparse_attn, Meta, m) {
   m.impl("causal_products", TORCH_FN(products_meta));
+  m.impl("outer_sums", TORCH_FN(sums_meta));
   m.impl("positive_features", TORCH_FN(features_meta));
   m.impl("positive_features_backward", TORCH_FN(features_backward_meta));
 }

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -21,6 +22,15 @@ at::Tensor empty_causal_products(const at::Tensor& query, const at::Tensor& valu
 using CausalProducts = at::Tensor(const at::Tensor& query, const at::Tensor& key,
                                   const at::Tensor& value, bool reverse);
 c10::TypedOperatorHandle<CausalProducts> causal_products_op();
+
+/// keyᵀ value, (batch, heads, size, value_dim).
+using OuterSums = at::Tensor(const at::Tensor& key, const at::Tensor& value);
+c10::TypedOperatorHandle<OuterSums> outer_sums_op();
+/// query · sums, which has outer_sums for a gradient.
+using SumProducts = at::Tensor(const at::Tensor& query, const at::Tensor& sums);
+c10::TypedOperatorHandle<SumProducts> sum_products_op();
+void check_outer_sums(const at::Tensor& key, const at::Tensor& value);
+at::Tensor empty_outer_sums(const at::Tensor& key, const at::Tensor& value);
 
 /// Besides the input and the projection.
 struct FeatureOptions {
@@ -61,5 +71,28 @@ using PositiveFeaturesBackward = FeatureGradients(const at::Tensor& grad_feature
                                                   const std::optional<at::Tensor>& padding,
                                                   std::int64_t reference, double eps);
 c10::TypedOperatorHandle<PositiveFeaturesBackward> positive_features_backward_op();
+
+/// features · other, or featuresᵀ · other, without keeping the features: a few heads at a time.
+struct FeatureProduct {
+  at::Tensor input, projection, other;
+  FeatureOptions options;
+  bool transposed;
+};
+/// Calls positive_features.
+FeatureOutputs features_of(const FeatureProduct& call);
+
+using FeatureProducts = at::Tensor(const at::Tensor& input, const at::Tensor& projection,
+                                   const at::Tensor& other,
+                                   const std::optional<at::Tensor>& padding, std::int64_t reference,
+                                   bool transposed, double scale, double eps);
+c10::TypedOperatorHandle<FeatureProducts> feature_products_op();
+
+/// Gradients of input, projection and other; those that `wanted` does not name are empty.
+using ThreeGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using FeatureProductsBackward = ThreeGradients(
+    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& projection,
+    const at::Tensor& other, const std::optional<at::Tensor>& padding, std::int64_t reference,
+    bool transposed, double scale, double eps, std::array<bool, 3> wanted);
+c10::TypedOperatorHandle<FeatureProductsBackward> feature_products_backward_op();
 
 }  // namespace sparse_attn

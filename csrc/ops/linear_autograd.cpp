@@ -95,6 +95,74 @@ at::Tensor products_autograd(c10::DispatchKeySet keys, const at::Tensor& query,
   return result;
 }
 
+at::Tensor outer_sums(const at::Tensor& key, const at::Tensor& value) {
+  return outer_sums_op().call(key, value);
+}
+at::Tensor sum_products(const at::Tensor& query, const at::Tensor& sums) {
+  return sum_products_op().call(query, sums);
+}
+
+/// Of outer_sums and sum_products, each of which is the other's derivative.
+class BilinearBackward final : public Node {
+ public:
+  explicit BilinearBackward(edge_list&& next_edges) : Node(std::move(next_edges)) {}
+
+  std::string name() const override { return "OuterSumsBackward"; }
+
+  void save(bool of_sums, const at::Tensor& first, const at::Tensor& second) {
+    of_sums_ = of_sums;
+    first_ = SavedVariable(first, false);
+    second_ = SavedVariable(second, false);
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list gradients(2);
+    const at::Tensor& grad = grads[0];
+    if (!grad.defined()) return gradients;
+    const at::Tensor first = first_.unpack(), second = second_.unpack();
+    if (task_should_compute_output(0)) {
+      gradients[0] = of_sums_ ? sum_products(second, grad.mT()) : sum_products(grad, second.mT());
+    }
+    if (task_should_compute_output(1)) {
+      gradients[1] = of_sums_ ? sum_products(first, grad) : outer_sums(first, grad);
+    }
+    return gradients;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&first_, &second_}) saved->reset_data();
+  }
+
+ private:
+  bool of_sums_ = false;
+  SavedVariable first_, second_;
+};
+
+template <bool kOfSums>
+at::Tensor bilinear_autograd(c10::DispatchKeySet keys, const at::Tensor& first,
+                             const at::Tensor& second) {
+  const auto op = kOfSums ? outer_sums_op() : sum_products_op();
+  BilinearBackward* node = nullptr;
+  NodePtr owner;
+  if (torch::autograd::compute_requires_grad(first, second)) {
+    std::tie(node, owner) =
+        make_node<BilinearBackward>(torch::autograd::collect_next_edges(first, second));
+    node->save(kOfSums, first, second);
+  }
+  const at::Tensor result = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return op.redispatch(keys & c10::after_autograd_keyset, first, second);
+  }();
+  if (node) torch::autograd::set_history(result, owner);
+  at::Tensor along;
+  if (isFwGradDefined(first)) along = op.call(tangent(first), primal(second));
+  if (isFwGradDefined(second)) along = joined(along, op.call(primal(first), tangent(second)));
+  if (along.defined()) result._set_fw_grad(along, 0, false);
+  return result;
+}
+
 /// What is known of a call of positive_features after it.
 struct FeatureCall {
   at::Tensor input, projection, maximum, constant, index;
@@ -126,6 +194,33 @@ struct FeatureCall {
   }
 };
 
+/// Gradients of the products and of -scale |input|^2 / 2, differentiable, from the features without
+/// eps and the gradients of features, sums and maximum.
+std::pair<at::Tensor, at::Tensor> differentiable_gradients(const FeatureCall& call,
+                                                           const at::Tensor& exponentials,
+                                                           const variable_list& grads) {
+  at::Tensor products;
+  if (grads[0].defined()) products = exponentials * grads[0];
+  if (grads[1].defined()) products = joined(products, exponentials * grads[1].unsqueeze(-1));
+  if (!products.defined()) products = at::zeros_like(exponentials);
+  const at::Tensor norms = products.sum(-1);
+  at::Tensor references = grads[2];
+  if (!call.running()) references = joined(references, -norms);
+  if (references.defined()) products = call.add_at_references(products, references);
+  return {products, norms};
+}
+
+/// Those of input and projection.
+at::Tensor input_gradient(const FeatureCall& call, const at::Tensor& products,
+                          const at::Tensor& norms) {
+  return at::matmul(products, call.scaled_projection()) -
+         call.input * (norms * call.options.scale).unsqueeze(-1);
+}
+at::Tensor projection_gradient(const FeatureCall& call, const at::Tensor& products) {
+  const at::Tensor sum = outer_sums(products, call.input).sum(0) * std::sqrt(call.options.scale);
+  return call.projection.dim() == 2 ? sum.sum(0) : sum;
+}
+
 class PositiveFeaturesBackwardNode final : public Node {
  public:
   explicit PositiveFeaturesBackwardNode(edge_list&& next_edges) : Node(std::move(next_edges)) {}
@@ -155,16 +250,11 @@ class PositiveFeaturesBackwardNode final : public Node {
                      constant_.unpack(), index_.unpack(),      options_};
     const at::Tensor padding = padding_.unpack();
     if (padding.defined()) call.options.padding = padding;
-    const auto [products, norms] =
-        at::GradMode::is_enabled() ? differentiable(call, grads) : fused(call, grads);
-    if (task_should_compute_output(0)) {
-      gradients[0] = at::matmul(products, call.scaled_projection()) -
-                     call.input * (norms * call.options.scale).unsqueeze(-1);
-    }
-    if (task_should_compute_output(1)) {
-      at::Tensor sum = at::matmul(products.mT(), call.input).sum(0) * std::sqrt(options_.scale);
-      gradients[1] = call.projection.dim() == 2 ? sum.sum(0) : sum;
-    }
+    const auto [products, norms] = at::GradMode::is_enabled()
+                                       ? differentiable_gradients(call, call.exponentials(), grads)
+                                       : fused(call, grads);
+    if (task_should_compute_output(0)) gradients[0] = input_gradient(call, products, norms);
+    if (task_should_compute_output(1)) gradients[1] = projection_gradient(call, products);
     return gradients;
   }
 
@@ -186,20 +276,6 @@ class PositiveFeaturesBackwardNode final : public Node {
         grads[0].defined() ? grads[0] : at::zeros_like(features), given(grads[1]), given(grads[2]),
         features, call.index, call.options.padding, static_cast<std::int64_t>(options_.reference),
         options_.eps);
-    return {products, norms};
-  }
-
-  static std::pair<at::Tensor, at::Tensor> differentiable(const FeatureCall& call,
-                                                          const variable_list& grads) {
-    const at::Tensor x = call.exponentials();
-    at::Tensor products, norms;
-    if (grads[0].defined()) products = x * grads[0];
-    if (grads[1].defined()) products = joined(products, x * grads[1].unsqueeze(-1));
-    if (!products.defined()) products = at::zeros_like(x);
-    norms = products.sum(-1);
-    at::Tensor references = grads[2];
-    if (!call.running()) references = joined(references, -norms);
-    if (references.defined()) products = call.add_at_references(products, references);
     return {products, norms};
   }
 
@@ -260,11 +336,116 @@ FeatureOutputs features_autograd(c10::DispatchKeySet keys, const at::Tensor& inp
   return outputs;
 }
 
+at::Tensor multiply(const FeatureProduct& call, const at::Tensor& features) {
+  return call.transposed ? outer_sums(features, call.other) : sum_products(features, call.other);
+}
+
+class FeatureProductsBackwardNode final : public Node {
+ public:
+  explicit FeatureProductsBackwardNode(edge_list&& next_edges) : Node(std::move(next_edges)) {}
+
+  std::string name() const override { return "FeatureProductsBackward"; }
+
+  void save(const FeatureProduct& call) {
+    input_ = SavedVariable(call.input, false);
+    projection_ = SavedVariable(call.projection, false);
+    other_ = SavedVariable(call.other, false);
+    if (call.options.padding) padding_ = SavedVariable(*call.options.padding, false);
+    options_ = call.options;
+    options_.padding.reset();
+    transposed_ = call.transposed;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(3);
+    FeatureProduct call{input_.unpack(), projection_.unpack(), other_.unpack(), options_,
+                        transposed_};
+    const at::Tensor padding = padding_.unpack();
+    if (padding.defined()) call.options.padding = padding;
+    const std::array<bool, 3> wanted{task_should_compute_output(0), task_should_compute_output(1),
+                                     task_should_compute_output(2)};
+    if (at::GradMode::is_enabled()) return differentiable(call, grads[0], wanted);
+    const auto [input, projection, other] = feature_products_backward_op().call(
+        grads[0], call.input, call.projection, call.other, call.options.padding,
+        static_cast<std::int64_t>(options_.reference), transposed_, options_.scale, options_.eps,
+        wanted);
+    return {wanted[0] ? input : at::Tensor(), wanted[1] ? projection : at::Tensor(),
+            wanted[2] ? other : at::Tensor()};
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&input_, &projection_, &other_, &padding_}) saved->reset_data();
+  }
+
+ private:
+  /// With the features kept.
+  static variable_list differentiable(const FeatureProduct& product, const at::Tensor& grad,
+                                      std::array<bool, 3> wanted) {
+    FeatureCall call{product.input, product.projection, {}, {}, {}, product.options};
+    {
+      const at::NoGradGuard no_grad;
+      call.index = std::get<4>(features_of(product));
+    }
+    const at::Tensor x = call.exponentials();
+    at::Tensor features = x + call.options.eps * feature_factor(call.projection.sym_size(-2));
+    if (call.options.padding)
+      features = features.masked_fill(call.options.padding->unsqueeze(1).unsqueeze(-1), 0);
+    variable_list gradients(3);
+    if (wanted[2]) {
+      gradients[2] = product.transposed ? sum_products(features, grad) : outer_sums(features, grad);
+    }
+    const at::Tensor of_features = product.transposed ? sum_products(product.other, grad.mT())
+                                                      : sum_products(grad, product.other.mT());
+    const auto [products, norms] =
+        differentiable_gradients(call, x, {of_features, at::Tensor(), at::Tensor()});
+    if (wanted[0]) gradients[0] = input_gradient(call, products, norms);
+    if (wanted[1]) gradients[1] = projection_gradient(call, products);
+    return gradients;
+  }
+
+  SavedVariable input_, projection_, other_, padding_;
+  FeatureOptions options_{};
+  bool transposed_ = false;
+};
+
+at::Tensor feature_products_autograd(c10::DispatchKeySet keys, const at::Tensor& input,
+                                     const at::Tensor& projection, const at::Tensor& other,
+                                     const std::optional<at::Tensor>& padding,
+                                     std::int64_t reference, bool transposed, double scale,
+                                     double eps) {
+  const FeatureProduct call{input,
+                            projection,
+                            other,
+                            {padding, static_cast<Reference>(reference), scale, eps},
+                            transposed};
+  if (isFwGradDefined(input) || isFwGradDefined(projection) || isFwGradDefined(other))
+    return multiply(call, std::get<0>(features_of(call)));
+  FeatureProductsBackwardNode* node = nullptr;
+  NodePtr owner;
+  if (torch::autograd::compute_requires_grad(input, projection, other)) {
+    std::tie(node, owner) = make_node<FeatureProductsBackwardNode>(
+        torch::autograd::collect_next_edges(input, projection, other));
+    node->save(call);
+  }
+  const at::Tensor result = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return feature_products_op().redispatch(keys & c10::after_autograd_keyset, input, projection,
+                                            other, padding, reference, transposed, scale, eps);
+  }();
+  if (node) torch::autograd::set_history(result, owner);
+  return result;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparse_attn, Autograd, m) {
   m.impl("causal_products", TORCH_FN(products_autograd));
   m.impl("positive_features", TORCH_FN(features_autograd));
+  m.impl("outer_sums", TORCH_FN(bilinear_autograd<true>));
+  m.impl("sum_products", TORCH_FN(bilinear_autograd<false>));
+  m.impl("feature_products", TORCH_FN(feature_products_autograd));
 }
 
 }  // namespace sparse_attn

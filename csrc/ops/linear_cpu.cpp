@@ -14,6 +14,29 @@ const cpu::LinearKernels& kernels_of(DataType type) {
   return *with_value_errors([&]() -> const cpu::Kernels& { return cpu::kernels(type); }).linear;
 }
 
+ProductParams params_of(const at::Tensor& key, const at::Tensor& value, const at::Tensor& output) {
+  ProductParams params;
+  params.dtype = data_type(key.scalar_type());
+  params.batch = key.size(0);
+  params.heads = key.size(1);
+  params.n_k = key.size(2);
+  params.size = key.size(3);
+  params.value_dim = value.size(3);
+  params.key = const_view(key);
+  params.value = const_view(value);
+  params.output = view(output);
+  return params;
+}
+
+/// Runs a kernel in the workspace that it asks for.
+void run(ProductParams& params, std::int64_t (*size)(const ProductParams&, int),
+         void (*kernel)(const ProductParams&, const Parallel&)) {
+  const Parallel parallel = torch_threads();
+  const at::Tensor workspace = at::empty({size(params, parallel.threads)}, at::kByte);
+  params.workspace = workspace.mutable_data_ptr();
+  kernel(params, parallel);
+}
+
 at::Tensor products_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                         bool reverse) {
   check_causal_products(query, key, value);
@@ -22,25 +45,24 @@ at::Tensor products_cpu(const at::Tensor& query, const at::Tensor& key, const at
   if (key.numel() == 0) return output.zero_();
   const at::Tensor rows = with_unit_stride(query), columns = with_unit_stride(key),
                    values = with_unit_stride(value);
-  ProductParams params;
-  params.dtype = data_type(query.scalar_type());
+  ProductParams params = params_of(columns, values, output);
   params.reverse = reverse;
-  params.batch = query.size(0);
-  params.heads = query.size(1);
   params.n_q = query.size(2);
-  params.n_k = key.size(2);
-  params.size = query.size(3);
-  params.value_dim = value.size(3);
   params.query = const_view(rows);
-  params.key = const_view(columns);
-  params.value = const_view(values);
-  params.output = view(output);
   const cpu::LinearKernels& kernels = kernels_of(params.dtype);
-  const Parallel parallel = torch_threads();
-  const at::Tensor workspace =
-      at::empty({kernels.products_workspace(params, parallel.threads)}, at::kByte);
-  params.workspace = workspace.mutable_data_ptr();
-  kernels.products(params, parallel);
+  run(params, kernels.products_workspace, kernels.products);
+  return output;
+}
+
+at::Tensor sums_cpu(const at::Tensor& key, const at::Tensor& value) {
+  check_outer_sums(key, value);
+  const at::Tensor output = empty_outer_sums(key, value);
+  if (output.numel() == 0) return output;
+  if (key.size(2) == 0) return output.zero_();
+  const at::Tensor columns = with_unit_stride(key), values = with_unit_stride(value);
+  ProductParams params = params_of(columns, values, output);
+  const cpu::LinearKernels& kernels = kernels_of(params.dtype);
+  run(params, kernels.sums_workspace, kernels.sums);
   return output;
 }
 
@@ -120,6 +142,7 @@ FeatureGradients features_backward_cpu(const at::Tensor& grad_features,
 
 TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("causal_products", TORCH_FN(products_cpu));
+  m.impl("outer_sums", TORCH_FN(sums_cpu));
   m.impl("positive_features", TORCH_FN(features_cpu));
   m.impl("positive_features_backward", TORCH_FN(features_backward_cpu));
 }

@@ -56,6 +56,12 @@ at::Tensor products_cuda(const at::Tensor& query, const at::Tensor& key, const a
   return output;
 }
 
+/// The library's product: the same bits in each run.
+at::Tensor sums_cuda(const at::Tensor& key, const at::Tensor& value) {
+  check_outer_sums(key, value);
+  return at::matmul(key.mT(), value);
+}
+
 /// Of rows (batch, heads, n): what padded ones are left out of.
 at::Tensor rows_of(const at::Tensor& padding) { return padding.unsqueeze(1); }
 
@@ -147,6 +153,7 @@ FeatureGradients features_backward_cuda(const at::Tensor& grad_features,
 
 TORCH_LIBRARY_IMPL(sparse_attn, SPARSE_ATTN_CUDA_KERNELS_FOR, m) {
   m.impl("causal_products", TORCH_FN(products_cuda));
+  m.impl("outer_sums", TORCH_FN(sums_cuda));
   m.impl("positive_features", TORCH_FN(features_cuda));
   m.impl("positive_features_backward", TORCH_FN(features_backward_cuda));
 }

@@ -85,7 +85,9 @@ def without_autocast(like: Tensor) -> AbstractContextManager:
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    return F.elu(x) + 1
+    """Of operations that round alike in every place: torch's elu does not, so that its last bits
+    depend on how threads share a tensor."""
+    return F.relu(x) + x.clamp(max=0).exp()
 
 
 def apply_map(feature_map: FeatureMap, name: str, x: Tensor) -> Tensor:
@@ -118,16 +120,14 @@ def map_features(
     return of_query, of_key
 
 
-def by_group(query: Tensor, heads_kv: int) -> Tensor:
-    """(batch, heads, …) to (batch, heads_kv, group, …)."""
-    return query.unflatten(1, (heads_kv, query.shape[1] // max(heads_kv, 1)))
-
-
 def all_products(query: Tensor, sums: Tensor) -> Tensor:
     """query · sums, for heads of the query in groups."""
-    if query.shape[1] == sums.shape[1]:
-        return query @ sums
-    return (by_group(query, sums.shape[1]) @ sums.unsqueeze(2)).flatten(1, 2)
+    heads, heads_kv = query.shape[1], sums.shape[1]
+    if heads == heads_kv:
+        return ops.sum_products(query, sums)
+    rows = query.unflatten(1, (heads_kv, heads // heads_kv))
+    products = ops.sum_products(rows.flatten(2, 3), sums)
+    return products.unflatten(2, rows.shape[2:4]).flatten(1, 2)
 
 
 def causal_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
