@@ -6,6 +6,7 @@ import sys
 
 import cases
 import pytest
+import test_selection
 import torch
 
 import sparse_attn
@@ -38,6 +39,8 @@ def check_numbers() -> None:
             shape = cases.Shape(n_q=67, n_k=70, head_dim=head_dim, value_dim=33, kv_heads=2)
             padding = cases.padding(2, 70)
             cases.check("Window(9)", cases.inputs(shape, dtype), key_padding_mask=padding)
+        for k in (1, 9, 40):
+            test_selection.check_lists(dtype, n_q=75, n_k=300, k=k, is_causal=True)
 
 
 @pytest.mark.parametrize("isa", sparse_attn.build_info()["isas"])

@@ -107,10 +107,11 @@ class TopCandidates {
     for (int64_t i = 0; i < fill; ++i) {
       const Order order = orders[i];
       const int32_t key = keys[i];
-      const bool stays = order > least || (order == least && equal-- > 0);
+      const int64_t ties = order == least ? 1 : 0;  // without branches, which nobody could predict
       orders[kept] = order;
       keys[kept] = key;
-      kept += stays ? 1 : 0;
+      kept += (order > least ? 1 : 0) | (ties & (equal > 0 ? 1 : 0));
+      equal -= ties;
     }
     fill_[query] = kept;
     thresholds_[query] = logit_of<T>(least);
