@@ -89,7 +89,9 @@ def check_inputs(
                 f"sparse_attn: expected {name} of shape (batch, heads, length, size), got "
                 f"{tuple(tensor.shape)}"
             )
-        if not tensor.is_floating_point() or tensor.dtype != query.dtype:
+        # Under autocast the ops cast what they get.
+        alike = tensor.dtype == query.dtype or torch.is_autocast_enabled(query.device.type)
+        if not tensor.is_floating_point() or not alike:
             wanted = "a floating-point dtype" if name == "query" else f"dtype {query.dtype}"
             raise TypeError(f"sparse_attn: expected {name} of {wanted}, got {tensor.dtype}")
         if tensor.device != query.device:
