@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from sparse_attn._beams import chosen_sequences
 from sparse_attn._distance_tables import DistanceTable
 from sparse_attn._store import Call, Store
 from sparse_attn.patterns import Pattern, PerHead, check_pattern
@@ -114,17 +115,9 @@ class KVCache:
             TypeError: index holds no ints.
             ValueError: It is empty or out of range, or has more dimensions.
         """
-        chosen = torch.as_tensor(index)
-        if chosen.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"sparse_attn: expected index of ints, got {chosen.dtype}")
-        inside = chosen.numel() > 0 and chosen.min() >= 0 and chosen.max() < self.batch_size
-        if chosen.dim() != 1 or not inside:
-            raise ValueError(
-                f"sparse_attn: expected index of shape (batch,) in [0, {self.batch_size}), got "
-                f"{chosen.tolist()}"
-            )
+        chosen = chosen_sequences(index, self.batch_size, self.device)
         for store in self._stores:
-            store.reorder(chosen.to(self.device))
+            store.reorder(chosen)
         self.batch_size = len(chosen)
 
     def attend(

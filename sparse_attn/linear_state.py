@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from sparse_attn._beams import chosen_sequences
 from sparse_attn._library import ops
 from sparse_attn.functional._common import check_padding
 from sparse_attn.functional._features import (
@@ -162,16 +163,7 @@ class LinearState:
             TypeError: index holds no ints.
             ValueError: It is empty or out of range, or has more dimensions.
         """
-        chosen = torch.as_tensor(index)
-        if chosen.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"sparse_attn: expected index of ints, got {chosen.dtype}")
-        inside = chosen.numel() > 0 and chosen.min() >= 0 and chosen.max() < self.batch_size
-        if chosen.dim() != 1 or not inside:
-            raise ValueError(
-                f"sparse_attn: expected index of shape (batch,) in [0, {self.batch_size}), got "
-                f"{chosen.tolist()}"
-            )
-        chosen = chosen.to(self.device)
+        chosen = chosen_sequences(index, self.batch_size, self.device)
         self._sums = tuple(x.index_select(0, chosen) for x in self._sums)
         self.batch_size = len(chosen)
 

@@ -2,18 +2,10 @@
 #include "causal_products.h"
 #include "cpu/kernels.h"
 #include "features.h"
+#include "instance.h"
 #include "outer_sums.h"
 
-#define SPARSE_ATTN_JOIN_(a, b, c) a##_##b##_##c
-#define SPARSE_ATTN_JOIN(a, b, c) SPARSE_ATTN_JOIN_(a, b, c)
-
 namespace {
-
-using float32 = float;
-using float64 = double;
-using bfloat16 = BFloat16;
-using float16 = Float16;
-using Scalar = SPARSE_ATTN_SCALAR;
 
 int64_t products_workspace(const ProductParams& params, int threads) {
   return CausalProducts<Scalar>(params).layout(nullptr, threads);
@@ -43,8 +35,8 @@ void features_backward(const FeatureParams& params, const Parallel& parallel) {
 
 namespace sparse_attn::cpu {
 
-extern const LinearKernels SPARSE_ATTN_JOIN(linear, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR);
-const LinearKernels SPARSE_ATTN_JOIN(linear, SPARSE_ATTN_ISA_NAME, SPARSE_ATTN_SCALAR){
+extern const LinearKernels SPARSE_ATTN_INSTANCE(linear);
+const LinearKernels SPARSE_ATTN_INSTANCE(linear){
     products_workspace, products, sums_workspace, sums, features, features_backward};
 
 }  // namespace sparse_attn::cpu
