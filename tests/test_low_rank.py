@@ -391,6 +391,15 @@ def test_linformer_parameters():
         layer(torch.randn(1, 51, 32, device=DEVICE))
 
 
+def test_vmap_of_linformer():
+    query, key, value = inputs(Shape(10, 12, 8))
+    of_one = torch.func.vmap(lambda *x: linformer_attention(*x, NUMBERS[torch.float32]))
+    mapped = of_one(query[:, None], key[:, None], value[:, None])[:, 0]
+    torch.testing.assert_close(
+        mapped, linformer_attention(query, key, value, NUMBERS[torch.float32])
+    )
+
+
 QKV = inputs(Shape(10, 12, 8))
 
 
