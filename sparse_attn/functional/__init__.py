@@ -6,10 +6,10 @@ from sparse_attn.functional.gated import dynamic_attention, gated_attention
 from sparse_attn.functional.low_rank import (
     linformer_attention,
     low_rank_attention,
-    tucker_attention,
 )
 from sparse_attn.functional.nystrom import nystrom_attention
 from sparse_attn.functional.patterned import attention, index_attention
+from sparse_attn.functional.tucker import tucker_attention
 
 __all__ = [
     "attention",
