@@ -80,3 +80,69 @@ def same_bits_for_any_threads(function: Callable, tensors: Sequence[Tensor]):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def unpadded(x, padding):
+    return x if padding is None else x.masked_fill(padding[:, None, :, None], 0)
+
+
+def of_rank(key, rank):
+    """The best approximation of this rank, by the singular value decomposition."""
+    wide = torch.promote_types(key.dtype, torch.float32)
+    left, sizes, right = torch.linalg.svd(key.to(wide), full_matrices=False)
+    truncated = (left[..., :rank] * sizes[..., None, :rank]) @ right[..., :rank, :]
+    return truncated.to(key.dtype)
+
+
+def low_rank_definition(*tensors, rank, padding=None, scale=None):
+    def one(query, key, value):
+        return dense(query, of_rank(key, rank), value, scale=scale)
+
+    return by_example(one, tensors, padding)
+
+
+def along(x, factor, mode):
+    """x times factor along one dimension."""
+    return torch.tensordot(x, factor, ([mode], [0])).movedim(-1, mode)
+
+
+def leading(x, mode, rank):
+    """The leading singular vectors of an unfolding."""
+    return torch.linalg.svd(x.movedim(mode, 0).flatten(1), full_matrices=False)[0][:, :rank]
+
+
+def tucker(x, ranks, iterations):
+    """Truncated higher-order SVD of (heads, keys, features), and sweeps of orthogonal iteration."""
+    factors = [leading(x, mode, rank) for mode, rank in enumerate(ranks)]
+
+    def core(but=None):
+        result = x
+        for mode in range(3):
+            result = result if mode == but else along(result, factors[mode], mode)
+        return result
+
+    for mode in [1, 0, 2] * iterations + [1] * (iterations > 0):
+        factors[mode] = leading(core(but=mode), mode, ranks[mode])
+    result = core()
+    for mode in range(3):
+        result = along(result, factors[mode].T, mode)
+    return result
+
+
+def tucker_definition(*tensors, ranks, iterations=0, padding=None):
+    def one(query, key, value):
+        wide = torch.promote_types(key.dtype, torch.float32)
+        truncated = tucker(key[0].to(wide), ranks, iterations).to(key.dtype)
+        return dense(query, truncated[None], value)
+
+    return by_example(one, tensors, padding)
+
+
+def linformer_definition(query, key, value, proj_k, proj_v=None, padding=None):
+    proj_v = proj_k if proj_v is None else proj_v
+    n_k = key.shape[2]
+    key, value = unpadded(key, padding), unpadded(value, padding)
+    output = dense(query, proj_k[..., :n_k, :].mT @ key, proj_v[..., :n_k, :].mT @ value)
+    return (
+        output if padding is None else output.masked_fill(padding.all(-1)[:, None, None, None], 0)
+    )

@@ -14,11 +14,11 @@ from sparse_attn.functional.linear import (
 from sparse_attn.functional.low_rank import (
     linformer_attention,
     low_rank_attention,
-    tucker_attention,
 )
 from sparse_attn.functional.nystrom import nystrom_attention
 from sparse_attn.functional.patterned import attention, index_attention
 from sparse_attn.functional.selected import threshold_attention, topk_attention
+from sparse_attn.functional.tucker import tucker_attention
 
 __all__ = [
     "attention",
