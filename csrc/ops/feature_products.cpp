@@ -2,10 +2,13 @@
 // used and thrown away, in the backward pass again. Writing all of them to fresh memory took longer
 // than to compute them twice.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/ThreadLocalState.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "ops/checks.h"
 #include "ops/linear.h"
@@ -62,20 +65,36 @@ struct Slice {
   }
 };
 
-template <class Body>
-void for_each_slice(const FeatureProduct& call, const Body& body) {
+std::vector<Slice> slices_of(const FeatureProduct& call) {
   const std::int64_t batch = call.input.size(0), heads = call.input.size(1),
                      numbers = call.input.size(2) * call.projection.size(-2);
-  const std::int64_t most =
-      (call.input.is_cpu() ? kOnCpu : kElsewhere) / std::max<std::int64_t>(1, numbers);
-  const std::int64_t heads_step =
-      std::clamp<std::int64_t>(most, 1, std::max<std::int64_t>(1, heads));
-  const std::int64_t batch_step =
-      std::max<std::int64_t>(1, most / std::max<std::int64_t>(1, heads));
+  const auto at_least_1 = [](std::int64_t n) { return std::max<std::int64_t>(1, n); };
+  const std::int64_t most = (call.input.is_cpu() ? kOnCpu : kElsewhere) / at_least_1(numbers);
+  const std::int64_t heads_step = std::clamp<std::int64_t>(most, 1, at_least_1(heads)),
+                     batch_step = at_least_1(most / at_least_1(heads));
+  std::vector<Slice> slices;
   for (std::int64_t b = 0; b < batch; b += batch_step) {
     for (std::int64_t h = 0; h < heads; h += heads_step)
-      body(Slice{b, std::min(batch_step, batch - b), h, std::min(heads_step, heads - h)});
+      slices.push_back({b, std::min(batch_step, batch - b), h, std::min(heads_step, heads - h)});
   }
+  return slices;
+}
+
+/// body(slice, its number). On a CPU threads take whole slices, which never wait for each other;
+/// what is in a slice comes out the same.
+template <class Body>
+void for_each_slice(const FeatureProduct& call, const std::vector<Slice>& slices,
+                    const Body& body) {
+  const auto count = static_cast<std::int64_t>(slices.size());
+  if (!call.input.is_cpu() || count < at::get_num_threads()) {
+    for (std::int64_t i = 0; i < count; ++i) body(slices[i], i);
+    return;
+  }
+  const at::ThreadLocalState state;
+  at::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
+    const at::ThreadLocalStateGuard same_as_caller(state);
+    for (std::int64_t i = begin; i < end; ++i) body(slices[i], i);
+  });
 }
 
 at::Tensor products(const at::Tensor& input, const at::Tensor& projection, const at::Tensor& other,
@@ -85,7 +104,7 @@ at::Tensor products(const at::Tensor& input, const at::Tensor& projection, const
                             transposed};
   check(call);
   const at::Tensor result = empty_result(call);
-  for_each_slice(call, [&](const Slice& slice) {
+  for_each_slice(call, slices_of(call), [&](const Slice& slice, std::int64_t) {
     const FeatureProduct part = slice.of(call);
     const at::Tensor features = std::get<0>(features_of(part));
     slice.of(result).copy_(transposed ? outer_sums_op().call(features, part.other)
@@ -108,7 +127,9 @@ ThreeGradients backward(const at::Tensor& grad, const at::Tensor& input,
   const at::Tensor grad_input = like(0, input), grad_projection = like(1, projection),
                    grad_other = like(2, other);
   const at::Tensor scaled = projection * std::sqrt(scale);
-  for_each_slice(call, [&](const Slice& slice) {
+  const std::vector<Slice> slices = slices_of(call);
+  std::vector<at::Tensor> of_projection(slices.size());
+  for_each_slice(call, slices, [&](const Slice& slice, std::int64_t number) {
     const FeatureProduct part = slice.of(call);
     const at::Tensor given = slice.of(grad);
     const auto [features, sums, maximum, constant, index] = features_of(part);
@@ -128,16 +149,16 @@ ThreeGradients backward(const at::Tensor& grad, const at::Tensor& input,
       slice.of(grad_input)
           .copy_(at::matmul(of_products, weights) - part.input * (norms * scale).unsqueeze(-1));
     }
-    if (wanted[1]) {
-      const at::Tensor sum =
-          outer_sums_op().call(of_products, part.input).sum(0) * std::sqrt(scale);
-      if (by_head) {
-        grad_projection.narrow(0, slice.head, slice.heads).add_(sum);
-      } else {
-        grad_projection.add_(sum.sum(0));
-      }
-    }
+    if (wanted[1]) of_projection[number] = outer_sums_op().call(of_products, part.input).sum(0);
   });
+  for (std::size_t i = 0; wanted[1] && i < slices.size(); ++i) {
+    const at::Tensor sum = of_projection[i] * std::sqrt(scale);
+    if (projection.dim() == 3) {
+      grad_projection.narrow(0, slices[i].head, slices[i].heads).add_(sum);
+    } else {
+      grad_projection.add_(sum.sum(0));
+    }
+  }
   return {grad_input, grad_projection, grad_other};
 }
 
