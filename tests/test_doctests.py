@@ -39,7 +39,7 @@ def test_there_are_examples():
     assert sum(len(test.examples) for test in tests) > 0
 
 
-@pytest.mark.parametrize("name", ["modules.md", "ops.md", "patterns.md"])
+@pytest.mark.parametrize("name", ["clustered.md", "modules.md", "ops.md", "patterns.md"])
 def test_examples_of_the_pages(name):
     page = Path(__file__).parent.parent / "docs" / name
     result = doctest.testfile(str(page), module_relative=False, optionflags=OPTIONS)
