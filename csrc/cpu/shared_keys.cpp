@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/for_each.h"
+
 namespace sparse_attn::cpu {
 namespace {
 
@@ -12,23 +14,6 @@ using Size = std::size_t;
 
 /// Queries whose keys are listed by one thread, one after another.
 constexpr std::int64_t kBlock = 256;
-
-/// Runs body(i) for i in [0, count) on all threads.
-template <class Body>
-void for_each(std::int64_t count, const Parallel& parallel, const Body& body) {
-  struct Context {
-    std::int64_t count;
-    int threads;
-    const Body& body;
-  } context{count, parallel.threads, body};
-  parallel.run(
-      parallel.threads,
-      [](void* opaque, int thread) {
-        const auto& c = *static_cast<Context*>(opaque);
-        for (std::int64_t i = thread; i < c.count; i += c.threads) c.body(i);
-      },
-      &context);
-}
 
 void check(const char* side, const Groups& g, std::int64_t sets, std::int64_t groups) {
   for (std::int64_t s = 0; s < sets; ++s) {

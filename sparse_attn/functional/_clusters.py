@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.functional._gather import Gather, excluding, finite_where, of_sets
+from sparse_attn._library import ops
+from sparse_attn.functional._gather import Gather, finite_where, of_sets
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import Full
-
-# Clusters in a word of bits.
-_BITS = 63
 
 
 class Clusters:
@@ -36,23 +34,6 @@ class Clusters:
         offsets = torch.cat([first.flatten(), first.new_full((1,), flat.numel())])
         places = (order + of_sets(flat.shape[1], flat)).flatten()
         self.gather = Gather(flat, places, offsets, width, width)
-
-    def bits(self) -> Tensor:
-        """The clusters of each member, as words of bits: (sets, clusters, width, words)."""
-        sets, clusters, _ = self.members.shape
-        words = -(-clusters // _BITS)
-        cluster = torch.arange(clusters, device=self.members.device)[:, None]
-        place = self.members * words + cluster // _BITS
-        bit = (1 << (cluster % _BITS)).expand_as(place)
-        of_tokens = self.members.new_zeros(sets, self.length * words)
-        of_tokens.scatter_add_(1, place.flatten(1), bit.flatten(1))
-        return self.gather(of_tokens.view(sets, self.length, words))
-
-    def among(self, hidden: Tensor) -> Tensor:
-        """Which members are hidden, by (batch, length): (sets, clusters, width)."""
-        heads = self.members.shape[0] // hidden.shape[0]
-        hidden = hidden.repeat_interleave(heads, 0)
-        return hidden.gather(1, self.members.flatten(1)).view(self.members.shape)
 
     def join(self, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """What the tokens found in all their clusters, (sets, length, size) and (sets, length):
@@ -87,27 +68,30 @@ def attend_in_clusters(
     A pair that several clusters took belongs to the first of them. Members are (batch, heads,
     clusters, width).
     """
-    heads, offset = query.shape[:2], key.shape[2] - query.shape[2]
+    heads = query.shape[:2]
     if query_padding_mask is not None:
         query = finite_where(query_padding_mask, query)
     if key_padding_mask is not None:
         key, value = finite_where(key_padding_mask, key), finite_where(key_padding_mask, value)
     queries = Clusters(query_members.flatten(0, 1), query.shape[2])
     keys = Clusters(key_members.flatten(0, 1), key.shape[2])
-    excluded = _in_earlier_clusters(queries, keys)
-    if is_causal:
-        excluded = excluded | (keys.members[..., None, :] > queries.members[..., None] + offset)
-    if key_padding_mask is not None:
-        excluded = excluded | keys.among(key_padding_mask)[..., None, :]
-    if query_padding_mask is not None:
-        excluded = excluded | queries.among(query_padding_mask)[..., None]
+    bias = ops._own_pairs(
+        queries.members,
+        keys.members,
+        query.shape[2],
+        key.shape[2],
+        query_padding_mask,
+        key_padding_mask,
+        is_causal,
+        torch.promote_types(query.dtype, torch.float32),
+    )
     options.pop("enable_gqa", None)
     output, lse = attention(
         queries.gather(query.flatten(0, 1)),
         keys.gather(repeat_heads(key, query).flatten(0, 1)),
         keys.gather(repeat_heads(value, query).flatten(0, 1)),
         Full(),
-        bias=excluding(excluded, query.dtype),
+        bias=bias,
         return_lse=True,
         **options,
     )
@@ -121,17 +105,3 @@ def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
     """Heads of keys that several query heads share, once for each."""
     times = query.shape[1] // max(x.shape[1], 1)
     return x if times == 1 else x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
-
-
-def _in_earlier_clusters(queries: Clusters, keys: Clusters) -> Tensor:
-    """Whether an earlier cluster has taken both, too: (sets, clusters, queries, keys)."""
-    of_queries, of_keys = queries.bits(), keys.bits()
-    clusters = of_queries.shape[1]
-    shared = torch.zeros(1, dtype=torch.bool, device=of_queries.device)
-    for word in range(of_queries.shape[3]):
-        cluster = torch.arange(clusters, device=of_queries.device) - word * _BITS
-        # The bits below a cluster's own.
-        below = (1 << cluster.clamp(0, _BITS)) - 1
-        earlier = of_queries[..., word] & below[:, None]
-        shared = shared | ((earlier[..., None] & of_keys[..., None, :, word]) != 0)
-    return shared

@@ -3,7 +3,6 @@ of index_select are not."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -89,11 +88,3 @@ def finite_where(hidden: Tensor, x: Tensor) -> Tensor:
     infinity and numbers too large to be squared, which would reach others as 0 · NaN."""
     largest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max ** 0.25
     return x.masked_fill(hidden[:, None, :, None] & ~(x.abs() < largest), 0)
-
-
-def excluding(excluded: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias of −inf where excluded, in the dtype of the log-sum-exp."""
-    wide = torch.promote_types(dtype, torch.float32)
-    # Of one dtype: with a number in place of a tensor `where` takes twice as long.
-    never, free = (excluded.new_full((), x, dtype=wide) for x in (-math.inf, 0.0))
-    return torch.where(excluded, never, free)

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from sparse_attn.functional._chunks import Ring
 from sparse_attn.functional._common import check_inputs, check_size, visible
-from sparse_attn.functional._gather import excluding, finite_where
+from sparse_attn.functional._gather import finite_where
 from sparse_attn.functional.hashing import bucket_factors, draw_rotations, lsh_buckets
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import Full
@@ -155,7 +155,9 @@ def _exclude(ring: Ring, hidden: Tensor | None, is_causal: bool, dtype: torch.dt
     excluded = seen >= own if is_causal else seen == own
     if hidden is not None:
         excluded = excluded | ring.around(hidden[..., None]).mT
-    return excluding(excluded, dtype)
+    # Of one dtype: with a number in place of a tensor `where` takes twice as long.
+    never, free = (excluded.new_full((), x, dtype=dtype) for x in (-math.inf, 0.0))
+    return torch.where(excluded, never, free)
 
 
 def _join(ring: Ring, output: Tensor, lse: Tensor, alone: Tensor) -> Tensor:

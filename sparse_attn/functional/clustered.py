@@ -174,20 +174,10 @@ def nearest_tokens(x: Tensor, centroids: Tensor, window: int, hidden: Tensor | N
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(x.dtype, torch.float32)
         units = torch.nn.functional.normalize(x.detach().to(wide), dim=-1)
-        scores = (centroids.detach().to(wide) @ units.mT).nan_to_num(nan=-torch.inf)
+        scores = centroids.detach().to(wide) @ units.mT
         if hidden is not None:
             scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-        window = min(window, x.shape[2])
-        if scores.numel() == 0 or window == x.shape[2]:
-            every = torch.arange(window, device=x.device)
-            return every.expand(*scores.shape[:3], window)
-        # topk does not say which of equal scores it takes.
-        last = scores.topk(window).values[..., -1:]
-        above, level = scores > last, scores == last
-        free = window - above.sum(-1, keepdim=True)
-        taken = above | (level & (level.cumsum(-1, dtype=torch.int32) <= free))
-        chosen = torch.nonzero_static(taken.flatten(0, 2), size=taken[..., 0].numel() * window)
-        return chosen[:, 1].view(*scores.shape[:3], window)
+        return ops._nearest_tokens(scores, min(window, x.shape[2]))
 
 
 def _one_after_another(members: Tensor) -> tuple[Tensor, Tensor]:
