@@ -103,21 +103,3 @@ def test_wrong_types():
         OP(members, *rest, 3, 3, key_padding_mask=torch.zeros(1, 2, device=DEVICE).bool())
     with pytest.raises(ValueError, match="n_q and n_k of at least 0"):
         OP(members, *rest, 3, -1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_nearest_tokens(data):
-    """As a stable sort: few values, so that many are equal; NaN last, 0 and −0 alike."""
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
-    length = data.draw(st.integers(1, 300))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
-    values = torch.tensor([-torch.inf, -1.5, -0.0, 0.0, 1e-30, 2.0, torch.nan], dtype=dtype)
-    scores = values[torch.randint(len(values), (2, 3, length), generator=generator)]
-    if data.draw(st.booleans()):
-        scores = torch.randn(2, 3, length, dtype=dtype, generator=generator)
-    count = data.draw(st.integers(0, length))
-    known = scores.nan_to_num(nan=-torch.inf, neginf=-torch.finfo(dtype).max)
-    order = known.sort(dim=-1, descending=True, stable=True).indices
-    expected = order[..., :count].sort(dim=-1).values
-    assert torch.equal(ops._nearest_tokens(scores.to(DEVICE), count).cpu(), expected)

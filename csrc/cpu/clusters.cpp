@@ -1,12 +1,9 @@
 #include "cpu/clusters.h"
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/for_each.h"
@@ -15,53 +12,6 @@ namespace sparse_attn::cpu {
 namespace {
 
 using Size = std::size_t;
-
-template <class T>
-using Key = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
-
-/// An unsigned number in the order of x; NaN comes first.
-template <class T>
-Key<T> key_of(T x) {
-  constexpr int kSign = 8 * sizeof(T) - 1;
-  if (x != x) return 0;
-  x += T{0};  // -0 to 0
-  Key<T> bits;
-  std::memcpy(&bits, &x, sizeof(x));
-  return bits >> kSign ? ~bits : bits | Key<T>{1} << kSign;
-}
-
-/// By the most significant bits first: 2 reads of the row and a selection among the few that are
-/// as the last one taken in these bits.
-template <class T>
-class Selection {
- public:
-  void run(const T* row, std::int64_t length, std::int64_t count, std::int64_t* chosen) {
-    keys_.resize(Size(length));
-    counts_.fill(0);
-    for (Size i = 0; i < keys_.size(); ++i) ++counts_[(keys_[i] = key_of(row[i])) >> kShift];
-    Size bin = kBins;
-    std::int64_t free = count;
-    while (free > counts_[--bin]) free -= counts_[bin];
-    level_.clear();
-    for (const Key<T> key : keys_) {
-      if (key >> kShift == bin) level_.push_back(key);
-    }
-    const auto last = level_.begin() + (free - 1);
-    std::nth_element(level_.begin(), last, level_.end(), std::greater<>());
-    const Key<T> least = *last;
-    free -= std::count_if(level_.begin(), last, [&](Key<T> key) { return key > least; });
-    for (Size i = 0; i < keys_.size(); ++i) {
-      if (keys_[i] > least || (keys_[i] == least && free-- > 0))
-        *chosen++ = static_cast<std::int64_t>(i);
-    }
-  }
-
- private:
-  static constexpr int kBits = 11, kShift = 8 * sizeof(T) - kBits;
-  static constexpr Size kBins = Size{1} << kBits;
-  std::array<std::int64_t, kBins> counts_;
-  std::vector<Key<T>> keys_, level_;
-};
 
 constexpr std::int64_t kWord = 64;
 
@@ -140,16 +90,6 @@ void fill(const OwnPairs& call, std::int64_t set, std::int64_t cluster, const Me
 }  // namespace
 
 template <class T>
-void largest(const T* scores, std::int64_t rows, std::int64_t length, std::int64_t count,
-             std::int64_t* chosen, const Parallel& parallel) {
-  if (count == 0) return;
-  for_each(rows, parallel, [&](std::int64_t row) {
-    thread_local Selection<T> selection;
-    selection.run(scores + row * length, length, count, chosen + row * count);
-  });
-}
-
-template <class T>
 void bias_of_own_pairs(const OwnPairs& call, T* bias, const Parallel& parallel) {
   check("query", call.queries, call.sets * call.clusters);
   check("key", call.keys, call.sets * call.clusters);
@@ -162,10 +102,6 @@ void bias_of_own_pairs(const OwnPairs& call, T* bias, const Parallel& parallel) 
   });
 }
 
-template void largest(const float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t*,
-                      const Parallel&);
-template void largest(const double*, std::int64_t, std::int64_t, std::int64_t, std::int64_t*,
-                      const Parallel&);
 template void bias_of_own_pairs(const OwnPairs&, float*, const Parallel&);
 template void bias_of_own_pairs(const OwnPairs&, double*, const Parallel&);
 

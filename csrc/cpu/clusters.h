@@ -1,4 +1,4 @@
-// Which tokens clusters take, and which of their pairs are their own.
+// Which pairs of the tokens that clusters took are their own.
 #pragma once
 
 #include <cstdint>
@@ -6,12 +6,6 @@
 #include "params.h"
 
 namespace sparse_attn::cpu {
-
-/// For each row of scores (rows, length) the `count` largest, ties to the lower index, NaN last:
-/// chosen (rows, count), ascending. count <= length.
-template <class T>
-void largest(const T* scores, std::int64_t rows, std::int64_t length, std::int64_t count,
-             std::int64_t* chosen, const Parallel& parallel);
 
 /// The members of all clusters of one side: (sets, clusters, width), each at most once in a
 /// cluster.

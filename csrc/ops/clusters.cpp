@@ -1,4 +1,4 @@
-// The ops of clusters: schemas, and shapes without data. They are the package's own: what they are
+// The op of clusters: its schema, and its shape without data. It is the package's own: what it is
 // given was checked.
 #include "ops/clusters.h"
 
@@ -7,12 +7,6 @@
 
 namespace sparse_attn {
 namespace {
-
-at::Tensor nearest_tokens_meta(const at::Tensor& scores, c10::SymInt count) {
-  auto sizes = scores.sym_sizes().vec();
-  sizes.back() = std::move(count);
-  return at::empty_symint(sizes, scores.options().dtype(at::kLong));
-}
 
 at::Tensor own_pairs_meta(const at::Tensor& query_members, const at::Tensor& key_members,
                           c10::SymInt, c10::SymInt, const std::optional<at::Tensor>&,
@@ -25,17 +19,12 @@ at::Tensor own_pairs_meta(const at::Tensor& query_members, const at::Tensor& key
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
-  m.def(torch::schema("_nearest_tokens(Tensor scores, SymInt count) -> Tensor"),
-        {at::Tag::pt2_compliant_tag});
   m.def(torch::schema("_own_pairs(Tensor query_members, Tensor key_members, SymInt n_q, SymInt "
                       "n_k, Tensor? query_hidden, Tensor? key_hidden, bool is_causal, ScalarType "
                       "dtype) -> Tensor"),
         {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(sparse_attn, Meta, m) {
-  m.impl("_nearest_tokens", TORCH_FN(nearest_tokens_meta));
-  m.impl("_own_pairs", TORCH_FN(own_pairs_meta));
-}
+TORCH_LIBRARY_IMPL(sparse_attn, Meta, m) { m.impl("_own_pairs", TORCH_FN(own_pairs_meta)); }
 
 }  // namespace sparse_attn

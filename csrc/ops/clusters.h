@@ -1,4 +1,4 @@
-// The ops of clusters that choose their members: _nearest_tokens, _own_pairs.
+// The op of clusters that choose their members: _own_pairs.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,8 +18,6 @@ struct OwnPairsArguments {
   at::ScalarType dtype;  // float32 or float64
 };
 
-/// The largest `count` of the last dimension, ascending, ties to the lower index, NaN last.
-using NearestTokens = at::Tensor(const at::Tensor& scores, std::int64_t count);
 /// (sets, clusters, queries, keys): -inf for what is hidden, later, or an earlier cluster's, too.
 using OwnPairsBias = at::Tensor(const OwnPairsArguments&);
 

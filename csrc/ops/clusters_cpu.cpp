@@ -10,20 +10,6 @@
 namespace sparse_attn {
 namespace {
 
-at::Tensor nearest_tokens_cpu(const at::Tensor& scores, std::int64_t count) {
-  const at::Tensor rows = scores.contiguous();
-  auto sizes = rows.sizes().vec();
-  const std::int64_t length = sizes.back();
-  sizes.back() = count;
-  const at::Tensor chosen = at::empty(sizes, rows.options().dtype(at::kLong));
-  if (chosen.numel() == 0) return chosen;
-  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "_nearest_tokens", [&] {
-    cpu::largest(rows.const_data_ptr<scalar_t>(), rows.numel() / length, length, count,
-                 chosen.mutable_data_ptr<std::int64_t>(), torch_threads());
-  });
-  return chosen;
-}
-
 at::Tensor own_pairs_cpu(const OwnPairsArguments& a) {
   const at::Tensor queries = a.query_members.contiguous(), keys = a.key_members.contiguous();
   const auto mask = [](const std::optional<at::Tensor>& hidden) {
@@ -56,7 +42,6 @@ at::Tensor own_pairs_cpu(const OwnPairsArguments& a) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
-  m.impl("_nearest_tokens", TORCH_FN(nearest_tokens_cpu));
   m.impl("_own_pairs", TORCH_FN(own_pairs_kernel<own_pairs_cpu>));
 }
 

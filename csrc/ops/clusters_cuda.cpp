@@ -1,4 +1,4 @@
-// The ops of clusters on a GPU: compositions of ATen's.
+// The op of clusters on a GPU: a composition of ATen's.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -12,22 +12,6 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::int64_t kWord = 63;  // bits of a word, but its sign
-
-at::Tensor nearest_tokens_cuda(const at::Tensor& scores, std::int64_t count) {
-  const c10::DeviceGuard guard(scores.device());
-  auto sizes = scores.sizes().vec();
-  sizes.back() = count;
-  if (count == 0 || scores.numel() == 0) return at::empty(sizes, scores.options().dtype(at::kLong));
-  const at::Tensor known = scores.nan_to_num(-kInfinity, kInfinity, -kInfinity);
-  // topk does not say which of equal scores it takes.
-  const at::Tensor least = std::get<0>(known.topk(count)).narrow(-1, count - 1, 1);
-  const at::Tensor above = known > least, level = known == least;
-  const at::Tensor free = count - above.sum(-1, /*keepdim=*/true);
-  const at::Tensor taken = above | (level & (level.cumsum(-1, at::kInt) <= free));
-  return at::nonzero_static(taken.flatten(0, -2), taken.numel() / taken.size(-1) * count)
-      .select(1, 1)
-      .view(sizes);
-}
 
 /// (sets, clusters, width, words): the clusters of each member, as bits.
 at::Tensor memberships(const at::Tensor& members, std::int64_t length) {
@@ -76,7 +60,6 @@ at::Tensor own_pairs_cuda(const OwnPairsArguments& a) {
 #endif
 
 TORCH_LIBRARY_IMPL(sparse_attn, SPARSE_ATTN_CUDA_KERNELS_FOR, m) {
-  m.impl("_nearest_tokens", TORCH_FN(nearest_tokens_cuda));
   m.impl("_own_pairs", TORCH_FN(own_pairs_kernel<own_pairs_cuda>));
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparse_attn._library import ops
 from sparse_attn.functional._clusters import attend_in_clusters, repeat_heads
@@ -15,6 +16,7 @@ from sparse_attn.functional._common import (
     check_padding,
     check_size,
     visible,
+    without_padding,
 )
 from sparse_attn.functional.hashing import bucket_factors, draw_rotations, lsh_buckets
 from sparse_attn.functional.patterned import attention
@@ -171,13 +173,20 @@ def nearest_tokens(x: Tensor, centroids: Tensor, window: int, hidden: Tensor | N
 
     Hidden tokens come last, so that they are taken only where no others are left.
     """
+    if x.shape[2] == 0:
+        return x.new_empty((*x.shape[:2], centroids.shape[1], 0), dtype=torch.long)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(x.dtype, torch.float32)
-        units = torch.nn.functional.normalize(x.detach().to(wide), dim=-1)
-        scores = centroids.detach().to(wide) @ units.mT
+        units = torch.nn.functional.normalize(without_padding(x.detach(), hidden).to(wide), dim=-1)
+        centroids = centroids.detach().to(wide)
         if hidden is not None:
-            scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-        return ops._nearest_tokens(scores, min(window, x.shape[2]))
+            # A further feature, by which they are below all others.
+            least = units.new_full((), -torch.finfo(wide).max / 2)
+            last = torch.where(hidden, least, 0)[:, None, :, None].expand(-1, x.shape[1], -1, -1)
+            units, centroids = torch.cat([units, last], -1), pad(centroids, (0, 1), value=1.0)
+        of_examples = centroids.expand(x.shape[0], -1, -1, -1)
+        taken, _ = ops.top_keys(of_examples, units, min(window, x.shape[2]), scale=1.0)
+        return taken.long()
 
 
 def _one_after_another(members: Tensor) -> tuple[Tensor, Tensor]:
