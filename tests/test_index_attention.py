@@ -73,6 +73,23 @@ def test_long_lists_are_sorted_another_way():
         torch.testing.assert_close(index_attention(*tensors, indices), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lists_of_several_parts(dtype):
+    """The kernels take lists 64 keys at a time, those of 256 rows side by side: here up to 150 keys
+    of 300 queries, so many heads that one share holds them all, and padding."""
+    shape = Shape(300, 280, 8, batch=16, heads=4)
+    indices, counts = lists(shape, width=150)
+    counts[:, :, ::7] = 0
+    padding = cases.bits(16, 280)
+
+    def ours(query, key, value):
+        options = {"key_padding_mask": padding, "return_lse": True}
+        return index_attention(query, key, value, indices.int(), counts.int(), **options)
+
+    mask = allowed(indices, counts, 280) & ~padding[:, None, None]
+    reference.check(ours, inputs(shape, dtype), mask)
+
+
 def test_gradcheck():
     indices, counts = lists(Shape(n_q=9, batch=1, heads=2), width=4)
     tensors = inputs(Shape(n_q=9, head_dim=3, batch=1, heads=2), torch.float64)

@@ -174,6 +174,10 @@ WRONG_SIZES = {
     "lists of fewer queries": (KeyLists(cases.numbers(19, 3, below=20)), ["indices", "19"]),
     "a key beyond the last": (KeyLists(torch.full((20, 3), 20, device=DEVICE)), ["20"]),
     "a negative key": (KeyLists(torch.full((20, 3), -1, device=DEVICE)), ["-1"]),
+    "the least int32": (
+        KeyLists(torch.full((20, 3), -(2**31), dtype=torch.int32, device=DEVICE)),
+        ["-2147483648"],
+    ),
     "more than are listed": (
         KeyLists(cases.numbers(20, 3, below=20), torch.full((20,), 4, device=DEVICE)),
         ["counts", "4"],

@@ -52,28 +52,25 @@ class ListedBackward {
     if (!lists.starts) return;
     const Operands of(*this, head);
     scratch.modifiers.start(p_, head);
-    for (int64_t i = share.begin; i < share.end; ++i) {
-      const int32_t *begin = lists.items + lists.starts[i],
-                    *end = lists.items + lists.starts[i + 1];
-      if (begin == end) continue;
+    for_each_part(lists, share, of.padding, [&](const ListPart& part) {
+      const int64_t i = part.row;
       const T lse = of.lse[i];
-      of.delta[i] = T{0};
-      if (lse == -kInfinity<T>) continue;
-      load_row(scratch.row, of.query, i, d_, static_cast<T>(p_.scale));
+      if (part.first) of.delta[i] = T{0};
+      if (lse == -kInfinity<T>) return;
       load_row(scratch.other, of.grad_output, i, dv_, T{1});
-      const T delta = of.delta[i] = delta_of(scratch.other, of, i);
+      if (part.first) of.delta[i] = delta_of(scratch.other, of, i);
+      if (part.count == 0) return;
+      load_row(scratch.row, of.query, i, d_, static_cast<T>(p_.scale));
       fill_zero(scratch.sum, round_up(d_, kLanes<T>));
-      for_each_block(begin, end, of.padding, [&](const int32_t* list, int count) {
-        for (int k = 0; k < count; ++k) {
-          scratch.lse[k] = lse;
-          scratch.delta[k] = delta;
-        }
-        logit_gradients(scratch, of.key, of.value, list, count,
-                        [&](int k) { return ListedPair{i, list[k]}; });
-        combine<S>(scratch.sum, T{1}, scratch.ds, of.key, list, count, d_);
-      });
+      for (int k = 0; k < part.count; ++k) {
+        scratch.lse[k] = lse;
+        scratch.delta[k] = of.delta[i];
+      }
+      logit_gradients(scratch, of.key, of.value, part.items, part.count,
+                      [&](int k) { return ListedPair{i, part.items[k]}; });
+      combine<S>(scratch.sum, T{1}, scratch.ds, of.key, part.items, part.count, d_);
       add(grad_query.data + i * grad_query.stride, scratch.sum, d_);
-    }
+    });
   }
 
   /// Adds to the rows of dK and dV what one query head contributes.
@@ -83,33 +80,30 @@ class ListedBackward {
     if (!lists.starts) return;
     const Operands of(*this, head);
     scratch.modifiers.start(p_, head);
-    for (int64_t j = share.begin; j < share.end; ++j) {
-      const int32_t *begin = lists.items + lists.starts[j],
-                    *end = lists.items + lists.starts[j + 1];
-      if (begin == end || (of.padding && of.padding[j])) continue;
+    for_each_part(lists, share, nullptr, [&](const ListPart& part) {
+      const int64_t j = part.row;
+      if (of.padding && of.padding[j]) return;
+      int32_t list[kListBlock];  // without queries that see no key, whatever they hold
+      int count = 0;
+      for (int i = 0; i < part.count; ++i) {
+        const int32_t query = part.items[i];
+        if (of.lse[query] == -kInfinity<T>) continue;
+        list[count] = query;
+        scratch.lse[count] = of.lse[query];
+        scratch.delta[count++] = of.delta[query];
+      }
+      if (count == 0) return;
       load_row(scratch.row, of.key, j, d_, static_cast<T>(p_.scale));
       load_row(scratch.other, of.value, j, dv_, T{1});
       fill_zero(scratch.sum, round_up(d_, kLanes<T>));
       fill_zero(scratch.other_sum, round_up(dv_, kLanes<T>));
-      for_each_block(begin, end, nullptr, [&](const int32_t* all, int all_count) {
-        int32_t list[kListBlock];  // without queries that see no key, whatever they hold
-        int count = 0;
-        for (int i = 0; i < all_count; ++i) {
-          if (of.lse[all[i]] != -kInfinity<T>) list[count++] = all[i];
-        }
-        if (count == 0) return;
-        for (int i = 0; i < count; ++i) {
-          scratch.lse[i] = of.lse[list[i]];
-          scratch.delta[i] = of.delta[list[i]];
-        }
-        logit_gradients(scratch, of.query, of.grad_output, list, count,
-                        [&](int k) { return ListedPair{list[k], j}; });
-        combine<S>(scratch.sum, T{1}, scratch.ds, of.query, list, count, d_);
-        combine<S>(scratch.other_sum, T{1}, scratch.p, of.grad_output, list, count, dv_);
-      });
+      logit_gradients(scratch, of.query, of.grad_output, list, count,
+                      [&](int k) { return ListedPair{list[k], j}; });
+      combine<S>(scratch.sum, T{1}, scratch.ds, of.query, list, count, d_);
+      combine<S>(scratch.other_sum, T{1}, scratch.p, of.grad_output, list, count, dv_);
       add(grad_key.data + j * grad_key.stride, scratch.sum, d_);
       add(grad_value.data + j * grad_value.stride, scratch.other_sum, dv_);
-    }
+    });
   }
 
  private:
@@ -142,9 +136,10 @@ class ListedBackward {
 
   /// rowsum(dO ∘ O) less the gradient of the log-sum-exp.
   T delta_of(const T* grad_output, const Operands& of, int64_t i) const {
-    const Vec<T> products = partial_dot<S>(grad_output, of.output.data + i * of.output.stride, dv_);
+    Vec<T> products[1] = {};
+    add_products<S>(products, grad_output, {of.output.data + i * of.output.stride}, dv_);
     T total{0};
-    for (int l = 0; l < kLanes<T>; ++l) total += products[l];
+    for (int l = 0; l < kLanes<T>; ++l) total += products[0][l];
     return of.grad_lse ? total - of.grad_lse[i] : total;
   }
 

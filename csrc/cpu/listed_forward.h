@@ -14,7 +14,8 @@ SPARSE_ATTN_INLINE T log_sum_exp(T maximum, T sum) {
   return static_cast<T>(static_cast<double>(maximum) + __builtin_log(static_cast<double>(sum)));
 }
 
-/// The rows of one head between sweeps: normalised outputs, and the softmax states they came from.
+/// The rows of one head between sweeps: normalised outputs (unnormalised between the parts of a
+/// list), and the softmax states they came from.
 template <class T>
 struct RowSweep {
   Head<T> output;
@@ -56,26 +57,23 @@ class ListedForward {
     const uint8_t* padding = p_.key_padding ? p_.key_padding + head / p_.heads * p_.n_k : nullptr;
     const int padded = round_up(dv_, kLanes<T>);
     scratch.modifiers.start(p_, head);
-    for (int64_t i = share.begin; i < share.end; ++i) {
-      const int32_t *begin = lists.items + lists.starts[i],
-                    *end = lists.items + lists.starts[i + 1];
-      if (begin == end) continue;
-      load_query(scratch, query.data + i * query.stride);
-      T* output = rows.output.data + i * rows.output.stride;
-      T &maximum = rows.maxima[i], &sum = rows.sums[i];
+    for_each_part(lists, share, padding, [&](const ListPart& part) {
+      load_query(scratch, query.data + part.row * query.stride);
+      T* output = rows.output.data + part.row * rows.output.stride;
+      T &maximum = rows.maxima[part.row], &sum = rows.sums[part.row];
       pack_row<T>(scratch.output, output, dv_, padded);
-      scale_row(scratch.output, sum, padded);
-      for_each_block(begin, end, padding, [&](const int32_t* list, int count) {
-        dots<S>(scratch.query, key, list, count, d_, scratch.logits);
-        if (scratch.modifiers.exist) shape(scratch, i, list, count);
-        const T rescale = update(scratch.logits, count, maximum, sum);
-        for (int k = 0; scratch.modifiers.exist && k < count; ++k)
+      if (part.first) scale_row(scratch.output, sum, padded);
+      if (part.count > 0) {
+        dots<S>(scratch.query, key, part.items, part.count, d_, scratch.logits);
+        if (scratch.modifiers.exist) shape(scratch, part);
+        const T rescale = update(scratch.logits, part.count, maximum, sum);
+        for (int k = 0; scratch.modifiers.exist && k < part.count; ++k)
           scratch.logits[k] *= scratch.modifiers.kept[k];
-        combine<S>(scratch.output, rescale, scratch.logits, value, list, count, dv_);
-      });
-      normalise_row(scratch.output, sum, padded);
+        combine<S>(scratch.output, rescale, scratch.logits, value, part.items, part.count, dv_);
+      }
+      if (part.last) normalise_row(scratch.output, sum, padded);
       unpack_row<T>(output, scratch.output, dv_);
-    }
+    });
   }
 
  private:
@@ -85,10 +83,10 @@ class ListedForward {
     scale_row(scratch.query, static_cast<T>(p_.scale), padded);
   }
 
-  /// Scores of query i -> logits.
-  static void shape(Scratch& scratch, int64_t i, const int32_t* list, int count) {
-    scratch.modifiers.load(count, [&](int k) { return ListedPair{i, list[k]}; });
-    for (int k = 0; k < count; k += kLanes<T>)
+  /// Scores of a part -> logits.
+  static void shape(Scratch& scratch, const ListPart& part) {
+    scratch.modifiers.load(part.count, [&](int k) { return ListedPair{part.row, part.items[k]}; });
+    for (int k = 0; k < part.count; k += kLanes<T>)
       store(scratch.logits + k, scratch.modifiers.logits(k, load(scratch.logits + k)).value);
   }
 

@@ -9,15 +9,37 @@ namespace {
 /// Listed rows are taken so many at a time: their logits stay in registers and level-1 cache.
 constexpr int kListBlock = 64;
 
-/// Partial sums of row · from, for each lane.
-template <class S>
-SPARSE_ATTN_INLINE Vec<Real<S>> partial_dot(const Real<S>* row, const S* from, int size) {
+/// sums[r] += row · from[r], for each lane.
+template <class S, int kRows>
+SPARSE_ATTN_INLINE void add_products(Vec<Real<S>> (&sums)[kRows], const Real<S>* row,
+                                     const S* const (&from)[kRows], int size) {
   using T = Real<S>;
-  Vec<T> sum{};
   int c = 0;
-  for (; c + kLanes<T> <= size; c += kLanes<T>) sum += load(row + c) * load_real(from + c);
-  if (c < size) sum += load(row + c) * load_real_part(from + c, size - c);
-  return sum;
+  for (; c + kLanes<T> <= size; c += kLanes<T>) {
+    const Vec<T> x = load(row + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[r] += x * load_real(from[r] + c);
+  }
+  if (c == size) return;
+  const Vec<T> x = load(row + c);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sums[r] += x * load_real_part(from[r] + c, size - c);
+}
+
+/// In lane i the sum of the lanes of parts[i]. Halves are added in pairs: half as many shuffles as
+/// a transposition, and few roundings, as large logits need.
+template <class T>
+SPARSE_ATTN_INLINE Vec<T> sums_of_lanes(Vec<T> (&parts)[kLanes<T>]) {
+  constexpr auto kEach = std::make_integer_sequence<int, kLanes<T>>{};
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int l = 0; l < half; ++l) {
+      parts[l] = zip_low<T>(parts[l], parts[l + half], kEach) +
+                 zip_high<T>(parts[l], parts[l + half], kEach);
+    }
+  }
+  return parts[0];
 }
 
 /// out[i] = row · rows[list[i]]; `row` is padded with zeros to whole vectors, and `out` has room
@@ -26,21 +48,50 @@ template <class S>
 __attribute__((noinline)) void dots(const Real<S>* row, Head<const S> rows, const int32_t* list,
                                     int count, int size, Real<S>* out) {
   using T = Real<S>;
+  // So many rows at a time: there are registers for their addresses.
+  constexpr int kRows = kLanes<T> < 8 ? kLanes<T> : 8;
   for (int i = 0; i < count; i += kLanes<T>) {
     Vec<T> sums[kLanes<T>];
-#pragma GCC unroll 16
-    for (int l = 0; l < kLanes<T>; ++l) {
-      const int64_t from = list[i + l < count ? i + l : count - 1];
-      sums[l] = partial_dot(row, rows.data + from * rows.stride, size);
-    }
-    transpose_block<T>(sums);
-    // In pairs: of few roundings, as large logits need.
-#pragma GCC unroll 4
-    for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLanes<T>; l += kRows) {
+      const S* from[kRows];
+      Vec<T> products[kRows] = {};
 #pragma GCC unroll 8
-      for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+      for (int r = 0; r < kRows; ++r)
+        from[r] = rows.data + list[i + l + r < count ? i + l + r : count - 1] * rows.stride;
+      add_products<S>(products, row, from, size);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[l + r] = products[r];
     }
-    store(out + i, sums[0]);
+    store(out + i, sums_of_lanes<T>(sums));
+  }
+}
+
+/// The same as `combine` for kVectors vectors of columns, kRows rows at a time: a sum waits for the
+/// one before it.
+template <int kVectors, int kRows, class S>
+SPARSE_ATTN_INLINE void combine_columns(Real<S>* sum, Real<S> rescale, const Real<S>* weights,
+                                        Head<const S> rows, const int32_t* list, int count) {
+  using T = Real<S>;
+  Vec<T> total[kRows][kVectors] = {};
+  const auto add = [&](Vec<T>(&to)[kVectors], int i) __attribute__((always_inline)) {
+    const S* from = rows.data + list[i] * rows.stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) to[v] += load_real(from + v * kLanes<T>) * weights[i];
+  };
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) total[0][v] = load(sum + v * kLanes<T>) * rescale;
+  int i = 0;
+  for (; i + kRows <= count; i += kRows) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) add(total[r], i + r);
+  }
+  for (; i < count; ++i) add(total[0], i);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 4
+    for (int r = 1; r < kRows; ++r) total[0][v] += total[r][v];
+    store(sum + v * kLanes<T>, total[0][v]);
   }
 }
 
@@ -50,50 +101,18 @@ __attribute__((noinline)) void combine(Real<S>* sum, Real<S> rescale, const Real
                                        Head<const S> rows, const int32_t* list, int count,
                                        int size) {
   using T = Real<S>;
-  constexpr int kVectors = 4, kStep = kVectors * kLanes<T>;
+  constexpr int kLane = kLanes<T>;
+  const auto from = [&](int c) { return Head<const S>{rows.data + c, rows.stride}; };
   int c = 0;
-  for (; c + kStep <= size; c += kStep) {
-    Vec<T> total[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) total[v] = load(sum + c + v * kLanes<T>) * rescale;
-    for (int i = 0; i < count; ++i) {
-      const S* from = rows.data + list[i] * rows.stride + c;
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) total[v] += load_real(from + v * kLanes<T>) * weights[i];
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sum + c + v * kLanes<T>, total[v]);
-  }
-  for (; c < size; c += kLanes<T>) {
-    const int left = size - c < kLanes<T> ? size - c : kLanes<T>;
-    Vec<T> total = load(sum + c) * rescale;
-    for (int i = 0; i < count; ++i) {
-      const S* from = rows.data + list[i] * rows.stride + c;
-      total += (left == kLanes<T> ? load_real(from) : load_real_part(from, left)) * weights[i];
-    }
-    store(sum + c, total);
-  }
-}
-
-/// Calls body(list, count) for at most kListBlock items of [begin, end) at a time, less those that
-/// are padding.
-template <class Body>
-SPARSE_ATTN_INLINE void for_each_block(const int32_t* begin, const int32_t* end,
-                                       const uint8_t* padding, const Body& body) {
-  int32_t kept[kListBlock];
-  while (begin < end) {
-    const int count = static_cast<int>(end - begin < kListBlock ? end - begin : kListBlock);
-    int seen = 0;
-    for (int i = 0; padding && i < count; ++i) {
-      if (!padding[begin[i]]) kept[seen++] = begin[i];
-    }
-    if (!padding) {
-      body(begin, count);
-    } else if (seen > 0) {
-      body(kept, seen);
-    }
-    begin += count;
-  }
+  for (; c + 4 * kLane <= size; c += 4 * kLane)
+    combine_columns<4, 2, S>(sum + c, rescale, weights, from(c), list, count);
+  for (; c + kLane <= size; c += kLane)
+    combine_columns<1, 4, S>(sum + c, rescale, weights, from(c), list, count);
+  if (c == size) return;
+  Vec<T> total = load(sum + c) * rescale;
+  for (int i = 0; i < count; ++i)
+    total += load_real_part(from(c).data + list[i] * rows.stride, size - c) * weights[i];
+  store(sum + c, total);
 }
 
 /// The modifiers' numbers for listed pairs.
@@ -159,6 +178,51 @@ struct Share {
   Share(int64_t rows, int64_t share, int64_t shares)
       : begin(rows * share / shares), end(rows * (share + 1) / shares) {}
 };
+
+/// At most kListBlock items of a row's list, without those that are padding.
+struct ListPart {
+  int64_t row;
+  const int32_t* items;
+  int count;
+  bool first, last;  // of the row's parts
+};
+
+/// The lists of so many rows are gone through side by side, a part of each at a time. Parts of
+/// sorted lists lie close together in the tensor that they list, so its rows come from the level-1
+/// cache where neighbours have much the same lists, from level 2 where lists are random.
+constexpr int64_t kListRows = 256;
+
+/// Calls visit(part) for all parts of the lists of a share's rows; those of a row come in order.
+template <class Visit>
+SPARSE_ATTN_INLINE void for_each_part(const sparse_attn::ListsView& lists, const Share& share,
+                                      const uint8_t* padding, const Visit& visit) {
+  int32_t kept[kListBlock];
+  for (int64_t group = share.begin; group < share.end; group += kListRows) {
+    const int64_t end = group + kListRows < share.end ? group + kListRows : share.end;
+    bool more = true;
+    for (int64_t offset = 0; more; offset += kListBlock) {
+      more = false;
+      for (int64_t row = group; row < end; ++row) {
+        const int64_t at = lists.starts[row] + offset, left = lists.starts[row + 1] - at;
+        if (left <= 0) continue;
+        more |= left > kListBlock;
+        ListPart part{row, lists.items + at,
+                      static_cast<int>(left < kListBlock ? left : kListBlock), offset == 0,
+                      left <= kListBlock};
+        if (padding) {
+          int count = 0;
+          for (int i = 0; i < part.count; ++i) {
+            kept[count] = part.items[i];
+            count += !padding[part.items[i]];
+          }
+          part.items = kept;
+          part.count = count;
+        }
+        visit(part);
+      }
+    }
+  }
+}
 
 /// Enough shares for 32 threads, of 64 rows at least; by sizes alone, as chunks are.
 inline int64_t list_shares(int64_t heads, int64_t rows) {

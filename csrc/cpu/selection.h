@@ -45,8 +45,8 @@ struct ChooseTop {
   SPARSE_ATTN_INLINE unsigned takes(int vector, Vec<T> logits) const {
     return candidates.takes(vector, logits);
   }
-  void add(const SelectionTile<S>&, int query, T logit, int32_t key) {
-    candidates.add(query, logit, key);
+  SPARSE_ATTN_INLINE void add(const SelectionTile<S>&, int query, IntLane<T> order, int32_t key) {
+    candidates.add(query, order, key);
   }
   void finish(const SelectionTile<S>& tile) {
     for (int q = 0; q < tile.rows; ++q) {
@@ -77,7 +77,7 @@ struct ChooseAbove {
   SPARSE_ATTN_INLINE unsigned takes(int vector, Vec<T> logits) const {
     return lane_bits<T>(~(logits < load(bounds + vector * kLanes<T>)));
   }
-  void add(const SelectionTile<S>& tile, int query, T, int32_t key) {
+  void add(const SelectionTile<S>& tile, int query, IntLane<T>, int32_t key) {
     if (p.indices) p.indices[(tile.first_row + query) * p.width + counts[query]] = key;
     ++counts[query];
   }
@@ -102,12 +102,12 @@ struct Offer {
   }
 
   __attribute__((noinline)) void take(int m, int n, Vec<T> logits, unsigned bits) const {
-    T numbers[kLanes<T>];
-    store(numbers, logits);
+    alignas(kVectorBytes) IntLane<T> orders[kLanes<T>];
+    *reinterpret_cast<IntVec<T>*>(orders) = orders_of<T>(logits);
+    const int32_t key = tile->numbers[m];
     for (; bits != 0; bits &= bits - 1) {
       const int lane = __builtin_ctz(bits), query = n * kLanes<T> + lane;
-      const int32_t key = tile->numbers[m];
-      if (key < tile->ends[query]) choose->add(*tile, query, numbers[lane], key);
+      if (key < tile->ends[query]) choose->add(*tile, query, orders[lane], key);
     }
   }
 

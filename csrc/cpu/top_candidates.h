@@ -6,25 +6,26 @@
 
 namespace {
 
-/// A logit as an integer of the same order: of negative numbers all bits but the sign are turned
-/// round. NaN is above all: who sees a NaN must not overlook it. -0 is 0.
 template <class T>
-SPARSE_ATTN_INLINE typename VecTypes<T>::IntLane turn_negative(typename VecTypes<T>::IntLane bits) {
-  constexpr auto kMost =
-      static_cast<typename VecTypes<T>::IntLane>(~uint64_t{0} >> (65 - 8 * sizeof(T)));
+using IntLane = typename VecTypes<T>::IntLane;
+
+/// Negative numbers of either order in the other: all bits but the sign are turned round.
+template <class T, class Bits>
+SPARSE_ATTN_INLINE Bits turn_negative(Bits bits) {
+  constexpr auto kMost = static_cast<IntLane<T>>(~uint64_t{0} >> (65 - 8 * sizeof(T)));
   return bits < 0 ? bits ^ kMost : bits;
 }
 
+/// Logits as integers of the same order. NaN is above all: who sees a NaN must not overlook it.
+/// -0 is 0.
 template <class T>
-SPARSE_ATTN_INLINE typename VecTypes<T>::IntLane order_of(T logit) {
-  const T value = logit != logit ? static_cast<T>(__builtin_nan("")) : logit + T{0};
-  typename VecTypes<T>::IntLane bits;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  return turn_negative<T>(bits);
+SPARSE_ATTN_INLINE IntVec<T> orders_of(Vec<T> logits) {
+  const Vec<T> nan = broadcast(static_cast<T>(__builtin_nan("")));
+  return turn_negative<T>(reinterpret_cast<IntVec<T>>(logits != logits ? nan : logits + T{0}));
 }
 
 template <class T>
-SPARSE_ATTN_INLINE T logit_of(typename VecTypes<T>::IntLane order) {
+SPARSE_ATTN_INLINE T logit_of(IntLane<T> order) {
   const auto bits = turn_negative<T>(order);
   T value;
   __builtin_memcpy(&value, &bits, sizeof(value));
@@ -36,7 +37,7 @@ SPARSE_ATTN_INLINE T logit_of(typename VecTypes<T>::IntLane order) {
 /// k-th best: an equal one would have the higher number.
 template <class T>
 class TopCandidates {
-  using Order = typename VecTypes<T>::IntLane;
+  using Order = IntLane<T>;
 
  public:
   TopCandidates(Arena& arena, int64_t k, int64_t n_k)
@@ -62,9 +63,9 @@ class TopCandidates {
     return lane_bits<T>(~(logits <= load(thresholds_ + vector * kLanes<T>)));
   }
 
-  SPARSE_ATTN_INLINE void add(int query, T logit, int32_t key) {
+  SPARSE_ATTN_INLINE void add(int query, Order order, int32_t key) {
     const int64_t place = query * capacity_ + fill_[query]++;
-    orders_[place] = order_of(logit);
+    orders_[place] = order;
     keys_[place] = key;
     if (fill_[query] == capacity_) keep_best(query);
   }

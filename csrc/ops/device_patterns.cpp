@@ -101,7 +101,7 @@ void DevicePatterns::add_tensors(const Expression& pattern, const OptionalTensor
     at::Tensor tensor = all[i];
     if (user->word == Word::kKeyLists) {
       const at::Tensor* counts = own_tensors(*user) > 1 ? &all[i + 1] : nullptr;
-      tensor = sorted_lists(tensor, counts, n_k, capturing);
+      tensor = sorted_lists(tensor.to(at::kLong), counts, n_k, capturing);
       widest_list_ = std::max(widest_list_, tensor.size(-1));
     }
     tensors_[i] = program_tensor(tensor, tensor.size(-1));

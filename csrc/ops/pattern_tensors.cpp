@@ -20,11 +20,7 @@ PatternTensors::PatternTensors(const Expression& pattern, const OptionalTensors&
   for (const Expression* user : tensor_users(pattern)) {
     const auto first = static_cast<std::size_t>(user->tensor);
     const at::Tensor& tensor = (*given)[first];
-    if (user->word == Word::kBlockLayout) {
-      tensors_.push_back({with_rank(tensor, 4), tensor.size(-1)});
-      continue;
-    }
-    tensors_.push_back({with_rank(tensor.to(at::kLong), 4), tensor.size(-1)});
+    tensors_.push_back({with_rank(tensor, 4), tensor.size(-1)});
     if (own_tensors(*user) > 1)
       tensors_.push_back({with_rank((*given)[first + 1].to(at::kLong), 3), 1});
   }
@@ -42,7 +38,8 @@ std::vector<PatternTensor> PatternTensors::slices(std::int64_t example, std::int
     const std::int64_t b = data.size(0) == 1 ? 0 : example, h = data.size(1) == 1 ? 0 : head;
     const auto offset = static_cast<std::size_t>(b * data.stride(0) + h * data.stride(1));
     slices.push_back(
-        {static_cast<const char*>(data.const_data_ptr()) + offset * data.element_size(), columns});
+        {static_cast<const char*>(data.const_data_ptr()) + offset * data.element_size(), columns,
+         data.scalar_type() == at::kInt});
   }
   return slices;
 }

@@ -30,7 +30,7 @@ class PatternTensors {
   std::int64_t largest(const Expression& part, int dim) const;
 
   struct OneTensor {
-    at::Tensor data;  // (batch or 1, heads or 1, ...), contiguous; bool or int64
+    at::Tensor data;  // (batch or 1, heads or 1, ...), contiguous; bool, int32 or int64
     std::int64_t columns;
   };
   std::vector<OneTensor> tensors_;

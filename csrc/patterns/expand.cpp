@@ -111,9 +111,12 @@ Terms block_layout(const Expression& e, Sizes sizes, const PatternTensor* tensor
 Terms key_lists(const Expression& e, Sizes sizes, const PatternTensor* tensors) {
   const PatternTensor& indices = tensors[e.tensor];
   const void* counts = own_tensors(e) > 1 ? tensors[e.tensor + 1].data : nullptr;
-  return one<KeyLists>(static_cast<const std::int64_t*>(indices.data),
-                       static_cast<const std::int64_t*>(counts), indices.columns, sizes.n_q,
-                       sizes.n_k);
+  const auto lists_of = [&](const auto* data) {
+    return one<KeyLists>(data, static_cast<const std::int64_t*>(counts), indices.columns, sizes.n_q,
+                         sizes.n_k);
+  };
+  return indices.is_int32 ? lists_of(static_cast<const std::int32_t*>(indices.data))
+                          : lists_of(static_cast<const std::int64_t*>(indices.data));
 }
 
 /// a ∩ b with every pair of primitives folded that folds.

@@ -21,6 +21,7 @@ struct Sizes {
 struct PatternTensor {
   const void* data = nullptr;
   std::int64_t columns = 0;
+  bool is_int32 = false;  // of indices, which are int64 else
 };
 
 /// The union of intersections that `expression` is. Throws std::invalid_argument where a token, an

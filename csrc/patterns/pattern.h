@@ -78,7 +78,7 @@ class Primitive {
   virtual std::int64_t block() const { return 0; }
   virtual const std::vector<std::int64_t>* key_list() const { return nullptr; }
   virtual const std::vector<std::int64_t>* position_list() const { return nullptr; }
-  virtual const Lists* lists() const { return nullptr; }
+  virtual std::shared_ptr<const Lists> lists() const { return nullptr; }
 
   /// Its rule for kernels. What reads tensors, and unions, have none: program.cpp writes theirs.
   virtual Instruction instruction() const {

@@ -308,12 +308,13 @@ class Builder {
     const bool as_they_are = parts_.of_lists.size() == 1 && layers_.size() == 1 &&
                              parts_.of_lists[0].size() == 1 && listed_positions_.empty();
     if (as_they_are) {
-      plan_.lists = *parts_.of_lists[0][0]->lists();
+      plan_.lists = parts_.of_lists[0][0]->lists();
     } else {
       for (std::size_t i = tiled_layers(); i < layers_.size(); ++i) list_layer(i);
-      if (!loose_.empty()) plan_.lists = lists_of(loose_, plan_.sizes.n_q);
+      if (!loose_.empty())
+        plan_.lists = std::make_shared<const Lists>(lists_of(loose_, plan_.sizes.n_q));
     }
-    const auto listed = static_cast<std::int64_t>(plan_.lists.keys.size());
+    const auto listed = static_cast<std::int64_t>(plan_.lists->keys.size());
     plan_.pairs += listed;
     plan_.visited += listed;
   }
@@ -321,7 +322,8 @@ class Builder {
   void list_layer(std::size_t i) {
     const Layer layer{layers_[i], layers_.data(), i};
     const auto brings = [](const PrimitivePtr& p) { return p->lists() != nullptr; };
-    const Lists& lists = *(*std::find_if(layer.term.begin(), layer.term.end(), brings))->lists();
+    const auto owner = std::find_if(layer.term.begin(), layer.term.end(), brings);
+    const Lists& lists = *(*owner)->lists();
     for (std::int64_t query = 0; query < plan_.sizes.n_q; ++query) {
       const std::int64_t position = query + plan_.sizes.offset();
       if (std::binary_search(listed_positions_.begin(), listed_positions_.end(), position))
@@ -359,7 +361,7 @@ Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile, Listing listing
 
 std::int64_t Plan::bytes() const {
   std::int64_t total =
-      bytes_of(token_list) + bytes_of(masks) + bytes_of(lists.starts) + bytes_of(lists.keys);
+      bytes_of(token_list) + bytes_of(masks) + bytes_of(lists->starts) + bytes_of(lists->keys);
   for (const Pass& pass : passes) {
     total += bytes_of(pass.row_tiles) + bytes_of(pass.key_tiles) + bytes_of(pass.runs);
   }

@@ -55,8 +55,8 @@ double time_of(const Plan& plan, const Costs& c) {
               tile_time(c, row.rows.count, std::min<std::int64_t>(plan.tile.keys, plan.sizes.n_k));
     }
   }
-  for (std::size_t i = 1; i < plan.lists.starts.size(); ++i) {
-    const std::int64_t keys = plan.lists.starts[i] - plan.lists.starts[i - 1];
+  for (std::size_t i = 1; i < plan.lists->starts.size(); ++i) {
+    const std::int64_t keys = plan.lists->starts[i] - plan.lists->starts[i - 1];
     if (keys > 0) time += c.listed_row + c.listed_pair * static_cast<double>(keys);
   }
   return time;

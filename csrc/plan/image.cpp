@@ -243,7 +243,7 @@ GridImage::GridImage(const std::vector<HeadPlan>& heads, const Cut& cut) {
   }
   add_listed(heads);
   if (std::any_of(heads.begin(), heads.end(),
-                  [](const HeadPlan& h) { return !h.plan->lists.keys.empty(); }))
+                  [](const HeadPlan& h) { return !h.plan->lists->keys.empty(); }))
     add_lists(heads, cut.backward);
   natural_.reset();
   shared_.clear();
@@ -274,9 +274,9 @@ void GridImage::add_lists(const std::vector<HeadPlan>& heads, bool backward) {
   std::vector<Lists> by_query, by_key;
   for (const HeadPlan& head : heads) {
     const Plan& plan = *head.plan;
-    by_query.push_back(plan.lists.keys.empty() ? Lists{} : plan.lists);
-    by_key.push_back(backward && !plan.lists.keys.empty() ? transposed(plan.lists, plan.sizes.n_k)
-                                                          : Lists{});
+    by_query.push_back(plan.lists->keys.empty() ? Lists{} : *plan.lists);
+    by_key.push_back(backward && !plan.lists->keys.empty() ? transposed(*plan.lists, plan.sizes.n_k)
+                                                           : Lists{});
   }
   keys_of_query_ = layout.lists(by_query);
   if (backward) queries_of_key_ = layout.lists(by_key);

@@ -66,9 +66,9 @@ Lists all_keys(const Plan& plan) {
       });
     }
   }
-  for (std::size_t i = 1; i < plan.lists.starts.size(); ++i) {
-    for (std::int64_t e = plan.lists.starts[i - 1]; e < plan.lists.starts[i]; ++e)
-      add(static_cast<std::int64_t>(i) - 1, plan.lists.keys[static_cast<std::size_t>(e)]);
+  for (std::size_t i = 1; i < plan.lists->starts.size(); ++i) {
+    for (std::int64_t e = plan.lists->starts[i - 1]; e < plan.lists->starts[i]; ++e)
+      add(static_cast<std::int64_t>(i) - 1, plan.lists->keys[static_cast<std::size_t>(e)]);
   }
   return transposed(lists_of(by_key, plan.sizes.n_k), plan.sizes.n_q);
 }

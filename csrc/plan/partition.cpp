@@ -219,10 +219,10 @@ Schedule::Schedule(std::shared_ptr<const Plan> plan, Direction direction, int ch
   view_.token_list = plan_->token_list.data();
   view_.masks = reinterpret_cast<const std::uint64_t(*)[kMaxTile]>(plan_->masks.data());
   view_.tile_keys = plan_->tile.keys;
-  if (plan_->lists.keys.empty()) return;
-  view_.keys_of_query = {plan_->lists.starts.data(), plan_->lists.keys.data()};
+  if (plan_->lists->keys.empty()) return;
+  view_.keys_of_query = {plan_->lists->starts.data(), plan_->lists->keys.data()};
   if (direction == Direction::kForward) return;
-  queries_of_key_ = transposed(plan_->lists, plan_->sizes.n_k);
+  queries_of_key_ = transposed(*plan_->lists, plan_->sizes.n_k);
   view_.queries_of_key = {queries_of_key_.starts.data(), queries_of_key_.keys.data()};
 }
 

@@ -36,7 +36,8 @@ struct Plan {
   std::vector<Pass> passes;
   std::vector<std::int64_t> token_list;  // listed rows (as query indices) and gathered keys
   std::vector<Mask> masks;
-  Lists lists;  // for each query the keys that no tile holds
+  /// For each query the keys that no tile holds.
+  std::shared_ptr<const Lists> lists = std::make_shared<const Lists>();
 
   std::int64_t pairs = 0;    // allowed (query, key) pairs, exactly
   std::int64_t visited = 0;  // pairs in the visited tiles, and those of the lists

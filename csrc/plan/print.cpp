@@ -42,7 +42,7 @@ std::string Plan::to_string() const {
       out << "\n";
     }
   }
-  if (!lists.keys.empty()) out << "lists of " << lists.keys.size() << " single keys\n";
+  if (!lists->keys.empty()) out << "lists of " << lists->keys.size() << " single keys\n";
   return out.str();
 }
 

@@ -86,7 +86,7 @@ void test_lists() {
       Case c(random, type, shape, {pattern}, {}, 2);
       c.listing = Listing::kAll;
       const Plan plan = build_plan(expand(pattern, shape.sizes), shape.sizes, c.tile, c.listing);
-      CHECK(plan.lists.keys.size() > 100);
+      CHECK(plan.lists->keys.size() > 100);
       check_case(c);
     }
   }

@@ -86,7 +86,7 @@ std::int64_t walk(const Plan& plan, const Pass& pass, const RowTile& row,
 
 /// Adds the pairs of the lists to `covered`; returns their number. The transpose holds the same.
 std::int64_t walk_lists(const Plan& plan, std::vector<int>& covered) {
-  const Lists& lists = plan.lists;
+  const Lists& lists = *plan.lists;
   if (lists.keys.empty()) return 0;
   CHECK_EQUAL(lists.starts.size(), index(plan.sizes.n_q + 1));
   CHECK_EQUAL(lists.starts.back(), static_cast<std::int64_t>(lists.keys.size()));
