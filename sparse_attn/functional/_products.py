@@ -42,6 +42,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _SumOfProducts(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return (_chunked(a).mT @ _chunked(b).contiguous()).sum(-3)
@@ -57,6 +59,8 @@ class _SumOfProducts(torch.autograd.Function):
 
 
 class _Times(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, matrix: Tensor) -> Tensor:
         return x @ matrix.contiguous()

@@ -15,6 +15,7 @@ from sparse_attn.functional._common import (
     check_padding,
     check_size,
     visible,
+    without_autocast,
 )
 from sparse_attn.functional.hashing import bucket_factors, draw_rotations, lsh_buckets
 from sparse_attn.functional.patterned import attention
@@ -171,7 +172,7 @@ def nearest_tokens(x: Tensor, centroids: Tensor, window: int, hidden: Tensor | N
 
     Hidden tokens come last, so that they are taken only where no others are left.
     """
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         wide = torch.promote_types(x.dtype, torch.float32)
         units = torch.nn.functional.normalize(x.detach().to(wide), dim=-1)
         scores = (centroids.detach().to(wide) @ units.mT).nan_to_num(nan=-torch.inf)
