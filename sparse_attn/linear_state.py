@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_attn._beams import chosen_sequences
 from sparse_attn._library import ops
-from sparse_attn.functional._common import check_padding
+from sparse_attn.functional._common import check_padding, without_autocast
 from sparse_attn.functional._features import (
     ROW,
     RUNNING,
@@ -24,7 +24,6 @@ from sparse_attn.functional._features import (
     normalise,
     prepare,
     sum_dtype,
-    without_autocast,
 )
 from sparse_attn.functional.linear import (
     LARGEST_POWER,

@@ -126,6 +126,27 @@ def test_layer(case, training, monkeypatch):
         torch.testing.assert_close(gradient.cpu(), wanted, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("length", [17, 29, 61, 64, 130])
+def test_buckets_are_those_of_a_sequence_filled_up(length, monkeypatch):
+    """The model fills sequences up before its layers choose a number of buckets."""
+    options = {"attn_layers": ["lsh"], "num_buckets": None, "lsh_attn_chunk_length": 8}
+    theirs = make("LSHSelfAttention", options).double().eval()
+    drawn_in_float32(monkeypatch)
+    ours = ReformerSelfAttention(
+        EMBED, HEADS, chunk_length=8, seed=5, max_length=4096, device=DEVICE, dtype=torch.float64
+    )
+    ours.query_key.weight.data.copy_(theirs.query_key.weight.data)
+    ours.value.weight.data.copy_(theirs.value.weight.data)
+    ours.output.weight.data.copy_(torch.eye(EMBED))
+    x = example(length, 0, torch.float64)[0].detach()
+    filling = -length % 8
+    mask = torch.ones(2, length + filling, dtype=torch.int64)
+    mask[:, length:] = 0
+    filled = torch.nn.functional.pad(x, (0, 0, 0, filling))
+    expected = theirs(filled, attention_mask=mask).hidden_states[:, :length]
+    torch.testing.assert_close(ours(x.to(DEVICE)).cpu(), expected, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_rotations_are_those_of_the_hash_seed(causal):
     """Nothing patched, float32."""

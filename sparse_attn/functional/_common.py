@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def in_autocast_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
     def cast_and_run(*args: Any, **kwargs: Any) -> Any:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         kind = tensors[0].device.type if tensors else "cpu"
-        if not torch.is_autocast_enabled(kind):
+        if not autocast_is_on(kind):
             return function(*args, **kwargs)
         dtype = torch.get_autocast_dtype(kind)
 
@@ -57,6 +58,17 @@ def in_autocast_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
 
     return cast_and_run
+
+
+def autocast_is_on(kind: str) -> bool:
+    """Whether autocast is on for a type of device; torch does not answer for "meta"."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """What is computed in a wider type on purpose stays wide."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()
 
 
 def scale_of(scale: float | None, head_dim: int) -> float:
@@ -90,7 +102,7 @@ def check_inputs(
                 f"{tuple(tensor.shape)}"
             )
         # Under autocast the ops cast what they get.
-        alike = tensor.dtype == query.dtype or torch.is_autocast_enabled(query.device.type)
+        alike = tensor.dtype == query.dtype or autocast_is_on(query.device.type)
         if not tensor.is_floating_point() or not alike:
             wanted = "a floating-point dtype" if name == "query" else f"dtype {query.dtype}"
             raise TypeError(f"sparse_attn: expected {name} of {wanted}, got {tensor.dtype}")

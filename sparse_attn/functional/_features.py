@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn._library import ops
-from sparse_attn.functional._common import check_inputs
+from sparse_attn.functional._common import autocast_is_on, check_inputs
 
 FeatureMap = Callable[[Tensor], Tensor]
 
@@ -42,7 +41,11 @@ def prepare(
     enable_gqa: bool,
 ) -> Inputs:
     """Check the inputs, widen half types, and clear padded keys and values, whatever they hold."""
-    if isinstance(query, Tensor) and autocast_is_on(query) and query.dtype != torch.float64:
+    if (
+        isinstance(query, Tensor)
+        and autocast_is_on(query.device.type)
+        and query.dtype != torch.float64
+    ):
         to = torch.get_autocast_dtype(query.device.type)
         query, key, value = (
             x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -71,17 +74,6 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def rows_of(key_padding_mask: Tensor) -> Tensor:
     """The mask for tensors (batch, heads, n_k, …)."""
     return key_padding_mask[:, None, :, None]
-
-
-def autocast_is_on(like: Tensor) -> bool:
-    return torch.is_autocast_enabled(like.device.type)
-
-
-def without_autocast(like: Tensor) -> AbstractContextManager:
-    """Products of features keep the dtype of the sums."""
-    if not autocast_is_on(like):
-        return nullcontext()
-    return torch.autocast(like.device.type, enabled=False)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class _Spectral(torch.autograd.Function):
     only pairs of a leading and another eigenvalue have one that is not 0.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(gram: Tensor, rank: int, power: int) -> tuple[Tensor, ...]:
         finite = gram.isfinite().all(-1).all(-1)[..., None, None]

@@ -61,7 +61,8 @@ def chunked_lsh_attention(
             those that Hugging Face draws with this `hash_seed` on a CPU; a torch.Generator goes on
             from where it stands; None takes torch's own.
         rotations: (heads or 1, head_dim, num_hashes, sum of num_buckets / 2) in place of seed.
-        is_causal: Let a token see only those before it in the sequence.
+        is_causal: Let a token see only those before it in the sequence. Which of these its chunk
+            holds depends on the buckets of all tokens, as in the paper.
         key_padding_mask: (batch, length) bool, True = ignore this token.
         scale: Factor of the logits; 1 / √head_dim for reformer_pytorch's numbers.
         dropout_p: Probability that a key's weight is dropped; those kept are divided by 1 −
@@ -133,13 +134,15 @@ def chunked_lsh_attention(
 
 
 def default_buckets(length: int, chunk_length: int, longest: int | None = None) -> int | list[int]:
-    """The number of buckets of a round that Reformer takes for sequences of a length.
+    """The number of buckets of a round that Reformer takes for sequences of a length, which it
+    fills up to whole chunks.
 
     `longest` (that length if None) says from where on they are the product of two factors.
     """
-    power = max((2 * (length // chunk_length)).bit_length() - 1, 1)
-    longest = length if longest is None else longest
-    if 2**power <= 2 * max(math.isqrt(longest // chunk_length), chunk_length):
+    chunks = -(-length // chunk_length)
+    most_chunks = chunks if longest is None else longest // chunk_length
+    power = max((2 * chunks).bit_length() - 1, 1)
+    if 2**power <= 2 * max(math.isqrt(most_chunks), chunk_length):
         return 2**power
     return [2 ** (power // 2), 2 ** (power - power // 2)]
 

@@ -16,6 +16,7 @@ from sparse_attn.functional._common import (
     check_padding,
     check_size,
     visible,
+    without_autocast,
     without_padding,
 )
 from sparse_attn.functional.hashing import bucket_factors, draw_rotations, lsh_buckets
@@ -175,7 +176,7 @@ def nearest_tokens(x: Tensor, centroids: Tensor, window: int, hidden: Tensor | N
     """
     if x.shape[2] == 0:
         return x.new_empty((*x.shape[:2], centroids.shape[1], 0), dtype=torch.long)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         wide = torch.promote_types(x.dtype, torch.float32)
         units = torch.nn.functional.normalize(without_padding(x.detach(), hidden).to(wide), dim=-1)
         centroids = centroids.detach().to(wide)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_attn.functional._common import without_autocast
+
 # Products that are made at a time, and read while they are in a cache: 1 MiB of float32.
 _PRODUCTS = 2**18
 
@@ -45,7 +47,7 @@ def lsh_buckets(
             raise TypeError(f"sparse_attn: expected {name} to be a floating Tensor, got {got}")
     factors = bucket_factors(2 * rotations.shape[-1] if num_buckets is None else num_buckets)
     _check_rotations(x, rotations, factors)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         x = x.detach()
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = x.to(wide).flatten(0, 1)

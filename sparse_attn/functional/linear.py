@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn._library import ops
-from sparse_attn.functional._common import scale_of
+from sparse_attn.functional._common import scale_of, without_autocast
 from sparse_attn.functional._features import (
     HEAD,
     KERNEL_EPS,
@@ -28,7 +28,6 @@ from sparse_attn.functional._features import (
     map_features,
     normalise,
     prepare,
-    without_autocast,
 )
 from sparse_attn.patterns.arguments import index as integer
 from sparse_attn.patterns.arguments import seed as check_seed

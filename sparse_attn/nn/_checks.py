@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
+import torch
 from torch import Tensor
 
 from sparse_attn.patterns.arguments import index
@@ -18,15 +21,40 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
 
 
 def check_dropout(dropout: float) -> None:
-    """Raise ValueError unless `dropout` is a probability."""
+    """Raise TypeError or ValueError unless `dropout` is a probability."""
+    if isinstance(dropout, bool) or not isinstance(dropout, Real):
+        raise TypeError(f"sparse_attn: expected dropout to be a number, got {dropout!r}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"sparse_attn: expected dropout in [0, 1], got {dropout}")
 
 
+def check_flag(name: str, flag: object) -> None:
+    """Raise TypeError unless `flag` is a bool."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"sparse_attn: expected {name} to be True or False, got {flag!r}")
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise TypeError unless parameters can have this data type."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"sparse_attn: expected dtype to be a floating-point dtype, got {dtype!r}")
+
+
 def check_sequence(name: str, x: Tensor, embed_dim: int) -> None:
-    """Raise ValueError unless `x` is (batch, length, embed_dim)."""
+    """Raise TypeError or ValueError unless `x` is floating, (batch, length, embed_dim)."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"sparse_attn: expected {name} to be a floating-point Tensor, got {got}")
     if x.dim() != 3 or x.shape[-1] != embed_dim:
         raise ValueError(
             f"sparse_attn: expected {name} of shape (batch, length, {embed_dim}), got "
             f"{tuple(x.shape)}"
         )
+
+
+def check_alike(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raise TypeError or ValueError unless `x` has the dtype and the device of a weight."""
+    if x.dtype != weight.dtype:
+        raise TypeError(f"sparse_attn: expected {name} of dtype {weight.dtype}, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"sparse_attn: expected {name} on device {weight.device}, got {x.device}")

@@ -7,7 +7,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
+from sparse_attn.functional._common import check_padding
+from sparse_attn.functional._gather import finite_where
+from sparse_attn.nn._checks import (
+    check_alike,
+    check_dropout,
+    check_dtype,
+    check_flag,
+    check_heads,
+    check_sequence,
+)
 
 
 class ProjectedSelfAttention(nn.Module):
@@ -41,6 +50,9 @@ class ProjectedSelfAttention(nn.Module):
         super().__init__()
         check_heads(embed_dim, num_heads)
         check_dropout(dropout)
+        check_flag("bias", bias)
+        check_flag("causal", causal)
+        check_dtype(dtype)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.dropout = dropout
@@ -60,7 +72,8 @@ class ProjectedSelfAttention(nn.Module):
 
         Args:
             x: (batch, length, embed_dim).
-            key_padding_mask: (batch, length) bool, True = ignore this key.
+            key_padding_mask: (batch, length) bool, True = ignore this key. NaN and infinity in
+                these tokens count as 0.
 
         Returns:
             (batch, length, embed_dim). A query that sees no key gets the bias of the output
@@ -68,12 +81,25 @@ class ProjectedSelfAttention(nn.Module):
 
         Raises:
             TypeError: An argument has the wrong type or dtype.
-            ValueError: A shape does not fit.
+            ValueError: A shape or device does not fit.
         """
         check_sequence("x", x, self.embed_dim)
-        projected = [self._split(getattr(self, name)(x)) for name in self.projections]
+        if key_padding_mask is not None:
+            by_head = x.unsqueeze(1)
+            check_padding(key_padding_mask, by_head)
+            # Weights meet what padded tokens hold, if only in products with gradients of 0.
+            x = finite_where(key_padding_mask, by_head).squeeze(1)
+        projected = [self._split(part) for part in self._project(x)]
         heads = self.attend(*projected, key_padding_mask)
         return self.output(heads.transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        try:
+            return [getattr(self, name)(x) for name in self.projections]
+        except RuntimeError:
+            # Only now: what stands in a projection's place may take other dtypes than its weight's.
+            check_alike("x", x, getattr(self, self.projections[0]).weight)
+            raise
 
     @property
     def dropout_p(self) -> float:

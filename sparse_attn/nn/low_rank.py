@@ -206,7 +206,7 @@ class NystromSelfAttention(_TwoSided):
             key_padding_mask=key_padding_mask,
             dropout_p=self.dropout_p,
         )
-        if self.conv is None:
+        if self.conv is None or value.shape[2] == 0:
             return heads
         return heads + self.conv(without_padding(value, key_padding_mask))
 

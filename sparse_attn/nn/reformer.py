@@ -38,6 +38,8 @@ class ReformerSelfAttention(ProjectedSelfAttention):
         dropout: Dropout of the attention probabilities in training.
         bias: Whether the projections have biases.
         causal: Whether a token sees only what stands before it, and itself if that is nothing.
+            Which of these a chunk holds depends on all tokens, as in the paper: what follows a
+            token may still change what it gets.
         device: Device of the parameters.
         dtype: Data type of the parameters.
 
