@@ -19,8 +19,7 @@ _OPTIONS = ("dropout_p", "dropout_seed", "enable_gqa", "return_lse", "return_wei
 
 def visible(is_causal: bool) -> Pattern:
     """The pattern of what a query may see before its content decides."""
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"sparse_attn: expected is_causal to be True or False, got {is_causal!r}")
+    check_flag("is_causal", is_causal)
     return Causal() if is_causal else Full()
 
 
@@ -106,6 +105,10 @@ def check_inputs(
         if not tensor.is_floating_point() or not alike:
             wanted = "a floating-point dtype" if name == "query" else f"dtype {query.dtype}"
             raise TypeError(f"sparse_attn: expected {name} of {wanted}, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"sparse_attn: expected {name} to be a dense Tensor, got {tensor.layout}"
+            )
         if tensor.device != query.device:
             raise ValueError(
                 f"sparse_attn: expected {name} on device {query.device}, got {tensor.device}"
@@ -122,6 +125,18 @@ def check_inputs(
     _check_shape("value", value, (batch, heads_kv, key.shape[2], value.shape[3]))
     if key_padding_mask is not None:
         check_padding(key_padding_mask, key)
+
+
+def check_flag(name: str, flag: object) -> None:
+    """Raise TypeError unless flag is a bool."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"sparse_attn: expected {name} to be True or False, got {flag!r}")
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise TypeError unless a floating tensor can have this data type, or that is left open."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"sparse_attn: expected dtype to be a floating-point dtype, got {dtype!r}")
 
 
 def check_padding(mask: object, x: Tensor, name: str = "key_padding_mask") -> None:

@@ -151,11 +151,6 @@ def check_eps(eps: float) -> float:
     return float(eps)
 
 
-def check_flag(name: str, flag: bool) -> None:
-    if not isinstance(flag, bool):
-        raise TypeError(f"sparse_attn: expected {name} to be True or False, got {flag!r}")
-
-
 # ---- random projections -------------------------------------------------------------------------
 
 

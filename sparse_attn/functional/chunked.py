@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from sparse_attn.functional._chunks import Ring
 from sparse_attn.functional._common import check_inputs, check_size, visible
 from sparse_attn.functional._gather import finite_where
-from sparse_attn.functional.hashing import bucket_factors, draw_rotations, lsh_buckets
+from sparse_attn.functional.hashing import bucket_factors, check_rounds, draw_rotations, lsh_buckets
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import Full
 
@@ -105,6 +105,7 @@ def chunked_lsh_attention(
             axes = sum(factors or ()) // 2
             rotations = draw_rotations(seed, (heads, head_dim, num_hashes, axes), query_key)
         buckets = lsh_buckets(query_key, rotations, factors)
+        check_rounds(buckets, num_hashes)
         tail = -length % chunk_length
         query_key, value = pad(query_key, (0, 0, 0, tail)), pad(value, (0, 0, 0, tail))
         if hidden is not None or tail:

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from sparse_attn._library import ops
 from sparse_attn.functional._clusters import attend_in_clusters, repeat_heads
 from sparse_attn.functional._common import (
+    check_flag,
     check_inputs,
     check_options,
     check_padding,
@@ -19,7 +20,7 @@ from sparse_attn.functional._common import (
     without_autocast,
     without_padding,
 )
-from sparse_attn.functional.hashing import bucket_factors, draw_rotations, lsh_buckets
+from sparse_attn.functional.hashing import bucket_factors, check_rounds, draw_rotations, lsh_buckets
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import KeyLists
 
@@ -86,7 +87,8 @@ def lsh_attention(
         shape = (query.shape[1], query.shape[3], num_hashes, num_buckets // 2)
         rotations = draw_rotations(seed, shape, query)
     sides = query, repeat_heads(key, query)
-    buckets = (lsh_buckets(x, rotations, num_buckets) for x in sides)
+    buckets = [lsh_buckets(x, rotations, num_buckets) for x in sides]
+    check_rounds(buckets[0], num_hashes)
     groups = [part for x in buckets for part in _groups_of_buckets(x, num_buckets)]
     lists = _shared_keys(query, key, groups, key_padding_mask, is_causal)
     return attention(query, key, value, KeyLists(*lists), **options)
@@ -128,7 +130,7 @@ def routing_attention(
             take the places of others.
         scale: Factor of the products; 1 / √head_dim if None.
         **options: dropout_p, dropout_seed, enable_gqa, return_lse, return_weights and sink of
-            `attention`.
+            `attention`. With return_weights a seed drops other pairs than without.
 
     Returns:
         As `attention`. A query that is in no cluster gives 0.
@@ -147,6 +149,7 @@ def routing_attention(
     visible(is_causal)
     check_size("window", window, 1)
     _check_centroids(centroids, query)
+    _check_routed(options, query)
     if query_padding_mask is not None:
         check_padding(query_padding_mask, query, "query_padding_mask")
     sides = ((query, query_padding_mask), (repeat_heads(key, query), key_padding_mask))
@@ -220,6 +223,22 @@ def _shared_keys(
         key_padding_mask=key_padding_mask,
         is_causal=is_causal,
     )
+
+
+def _check_routed(options: dict[str, Any], query: Tensor) -> None:
+    """The options that clusters treat by themselves."""
+    for name in ("enable_gqa", "return_lse", "return_weights"):
+        check_flag(name, options.get(name, False))
+    sink = options.get("sink")
+    if sink is None:
+        return
+    if not isinstance(sink, Tensor) or not sink.is_floating_point():
+        got = sink.dtype if isinstance(sink, Tensor) else type(sink).__name__
+        raise TypeError(f"sparse_attn: expected sink to be a floating-point Tensor, got {got}")
+    if tuple(sink.shape) != (query.shape[1],):
+        raise ValueError(
+            f"sparse_attn: expected sink of shape {(query.shape[1],)}, got {tuple(sink.shape)}"
+        )
 
 
 def _check_centroids(centroids: object, query: Tensor) -> None:

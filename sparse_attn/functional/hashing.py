@@ -90,6 +90,8 @@ def draw_rotations(
             "sparse_attn: expected seed to be an int or a torch.Generator, got "
             f"{type(seed).__name__}"
         )
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"sparse_attn: expected seed to have 64 bits, got {seed}")
     return _seeded_normal(seed, shape).to(like.device)
 
 
@@ -101,6 +103,15 @@ def _seeded_normal(seed: int, shape: Sequence[int]) -> Tensor:
 @_seeded_normal.register_fake
 def _(seed: int, shape: Sequence[int]) -> Tensor:
     return torch.empty(tuple(shape))
+
+
+def check_rounds(buckets: Tensor, num_hashes: int) -> None:
+    """Raise ValueError unless the rotations that gave the buckets had as many rounds."""
+    if buckets.shape[2] != num_hashes:
+        raise ValueError(
+            f"sparse_attn: expected rotations of num_hashes = {num_hashes} rounds, got "
+            f"{buckets.shape[2]}"
+        )
 
 
 def _check_rotations(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn._library import ops
-from sparse_attn.functional._common import scale_of, without_autocast
+from sparse_attn.functional._common import check_dtype, check_flag, scale_of, without_autocast
 from sparse_attn.functional._features import (
     HEAD,
     KERNEL_EPS,
@@ -19,7 +19,6 @@ from sparse_attn.functional._features import (
     all_products,
     causal_products,
     check_eps,
-    check_flag,
     default_num_features,
     draw_orthogonal,
     drawn,
@@ -240,7 +239,7 @@ def relu_features(projection: Tensor, scale: float, eps: float) -> FeatureMap:
 
 def check_kernel(kernel: str, eps: float | None) -> tuple[str, float]:
     """The kernel, and the eps that holds for it."""
-    if kernel not in KERNEL_EPS:
+    if not isinstance(kernel, str) or kernel not in KERNEL_EPS:
         raise ValueError(
             f"sparse_attn: expected kernel to be one of {', '.join(KERNEL_EPS)}, got {kernel!r}"
         )
@@ -325,6 +324,7 @@ def orthogonal_features(
     shape = (integer("num_features", num_features, 1), integer("head_dim", head_dim, 1))
     if num_heads is not None:
         shape = (integer("num_heads", num_heads, 1), *shape)
+    check_dtype(dtype)
     if norms not in ("chi", "sqrt"):
         raise ValueError(f"sparse_attn: expected norms to be chi or sqrt, got {norms!r}")
     dtype = torch.get_default_dtype() if dtype is None else dtype

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from numbers import Real
 
-import torch
 from torch import Tensor
 
 from sparse_attn.patterns.arguments import index
@@ -26,18 +25,6 @@ def check_dropout(dropout: float) -> None:
         raise TypeError(f"sparse_attn: expected dropout to be a number, got {dropout!r}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"sparse_attn: expected dropout in [0, 1], got {dropout}")
-
-
-def check_flag(name: str, flag: object) -> None:
-    """Raise TypeError unless `flag` is a bool."""
-    if not isinstance(flag, bool):
-        raise TypeError(f"sparse_attn: expected {name} to be True or False, got {flag!r}")
-
-
-def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raise TypeError unless parameters can have this data type."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"sparse_attn: expected dtype to be a floating-point dtype, got {dtype!r}")
 
 
 def check_sequence(name: str, x: Tensor, embed_dim: int) -> None:

@@ -7,13 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.functional._common import check_padding
+from sparse_attn.functional._common import check_dtype, check_flag, check_padding
 from sparse_attn.functional._gather import finite_where
 from sparse_attn.nn._checks import (
     check_alike,
     check_dropout,
-    check_dtype,
-    check_flag,
     check_heads,
     check_sequence,
 )

@@ -12,6 +12,8 @@ INFINITE = 2**63 - 1
 def index(name: str, value: object, least: int, most: int | None = None) -> int:
     """`value` as an int of at least `least` and at most `most`."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"sparse_attn: expected {name} to be an int, got {value!r}") from None
