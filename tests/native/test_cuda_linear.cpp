@@ -43,8 +43,8 @@ struct Sizes {
 
 template <class S>
 struct Tensor {
-  Tensor(std::int64_t heads, std::int64_t rows, std::int64_t size)
-      : heads(heads), rows(rows), size(size), data(heads * rows * size) {}
+  Tensor(std::int64_t n_heads, std::int64_t n_rows, std::int64_t n_columns)
+      : heads(n_heads), rows(n_rows), size(n_columns), data(n_heads * n_rows * n_columns) {}
 
   S& at(std::int64_t head, std::int64_t row, std::int64_t column) {
     return data[(head * rows + row) * size + column];
