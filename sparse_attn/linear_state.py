@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_attn._beams import chosen_sequences
 from sparse_attn._library import ops
-from sparse_attn.functional._common import check_padding, without_autocast
+from sparse_attn.functional._common import check_padding, repeat_heads, without_autocast
 from sparse_attn.functional._features import (
     ROW,
     RUNNING,
@@ -19,7 +19,6 @@ from sparse_attn.functional._features import (
     causal_products,
     check_eps,
     elu_plus_one,
-    expand_heads,
     map_features,
     normalise,
     prepare,
@@ -284,7 +283,7 @@ class _Softmax(_Features):
         self, inputs: Inputs, padding: Tensor | None, sums: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         heads = inputs.query.shape[1]
-        key, value = expand_heads(inputs.key, heads), expand_heads(inputs.value, heads)
+        key, value = repeat_heads(inputs.key, heads), repeat_heads(inputs.value, heads)
         options = self.scale, self.eps
         query, weight, *_ = ops.positive_features(
             inputs.query, self.projection, None, ROW, *options

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.analysis._samples import Sample
+from sparse_attn.functional._common import repeat_heads, without_padding
 from sparse_attn.patterns import BlockLayout, Causal, KeyLists, Pattern
 
 #: Yields the first keys of groups that no border of blocks crosses, (groups,), and the score of
@@ -24,10 +25,8 @@ def attention_mass(sample: Sample, block: int) -> Iterator[tuple[Tensor, Tensor]
 def gradient_importance(sample: Sample, block: int) -> Iterator[tuple[Tensor, Tensor]]:
     """|w · ∂loss/∂w| of each query and key."""
     problem = sample.exact.problem
-    value = problem.value
-    if problem.key_padding_mask is not None:  # it may hold anything
-        value = value.masked_fill(problem.key_padding_mask[:, None, :, None], 0)
-    value = value.repeat_interleave(problem.shape[1] // max(1, value.shape[1]), 1)
+    value = without_padding(problem.value, problem.key_padding_mask)
+    value = repeat_heads(value, problem.shape[1])
     for keys, weights in sample.exact.key_groups(1, "gradients"):
         with torch.autocast(value.device.type, enabled=False):
             slopes = sample.grad_output @ value[:, :, keys].mT

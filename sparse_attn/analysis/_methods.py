@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_attn.analysis._exact import Exact
 from sparse_attn.analysis._progress import shown
+from sparse_attn.functional._common import repeat_heads, without_padding
 
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,10 +46,8 @@ def _sum_columns(
     """Kept mass and overlap of each query, pairs with a weight, and weights times values."""
     query, key, value = inputs
     problem, counted = exact.problem, exact.counted[..., None]
-    known = problem.value
-    if problem.key_padding_mask is not None:  # it may hold anything
-        known = known.masked_fill(problem.key_padding_mask[:, None, :, None], 0)
-    known = known.repeat_interleave(query.shape[1] // max(1, key.shape[1]), 1)
+    known = without_padding(problem.value, problem.key_padding_mask)
+    known = repeat_heads(known, query.shape[1])
     kept, overlap = torch.zeros_like(exact.lse), torch.zeros_like(exact.lse)
     used = torch.zeros((), dtype=torch.int64, device=query.device)
     rebuilt = torch.zeros_like(exact.output)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn._library import ops
+from sparse_attn.functional._common import repeat_heads
 from sparse_attn.functional._gather import Gather, finite_where, of_sets
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import Full
@@ -88,8 +89,8 @@ def attend_in_clusters(
     options.pop("enable_gqa", None)
     output, lse = attention(
         queries.gather(query.flatten(0, 1)),
-        keys.gather(repeat_heads(key, query).flatten(0, 1)),
-        keys.gather(repeat_heads(value, query).flatten(0, 1)),
+        keys.gather(repeat_heads(key, query.shape[1]).flatten(0, 1)),
+        keys.gather(repeat_heads(value, query.shape[1]).flatten(0, 1)),
         Full(),
         bias=bias,
         return_lse=True,
@@ -99,9 +100,3 @@ def attend_in_clusters(
     if sink is not None:
         output = (output * torch.sigmoid(lse - sink[:, None])[..., None]).to(output.dtype)
     return (output, lse) if return_lse else output
-
-
-def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
-    """Heads of keys that several query heads share, once for each."""
-    times = query.shape[1] // max(x.shape[1], 1)
-    return x if times == 1 else x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)

@@ -149,17 +149,16 @@ def check_padding(mask: object, x: Tensor, name: str = "key_padding_mask") -> No
         raise ValueError(f"sparse_attn: expected {name} on device {x.device}, got {mask.device}")
 
 
-def check_size(name: str, size: object, least: int) -> None:
-    """Raise TypeError or ValueError unless size is an int of at least `least`."""
-    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-        raise TypeError(f"sparse_attn: expected {name} to be an int, got {type(size).__name__}")
-    if size < least:
-        raise ValueError(f"sparse_attn: expected {name} to be at least {least}, got {size}")
-
-
 def without_padding(x: Tensor, padding: Tensor | None) -> Tensor:
     """(batch, heads, length, size) with 0 for padded rows, whatever they hold."""
     return x if padding is None else x.masked_fill(padding[:, None, :, None], 0)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, heads_kv, …) to (batch, heads, …): heads of keys that several query heads share, once
+    for each; no copy where there is nothing to repeat."""
+    times = heads // max(x.shape[1], 1)
+    return x if times == 1 else x.repeat_interleave(times, 1)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn._library import ops
-from sparse_attn.functional._common import autocast_is_on, check_inputs
+from sparse_attn.functional._common import (
+    autocast_is_on,
+    check_inputs,
+    repeat_heads,
+    without_padding,
+)
 
 FeatureMap = Callable[[Tensor], Tensor]
 
@@ -60,20 +65,13 @@ def prepare(
         )
     query, key, value = (x.to(sum_dtype(dtype)) for x in (query, key, value))
     value = F.pad(value, (0, 1), value=1.0)
-    if key_padding_mask is not None:
-        padded = rows_of(key_padding_mask)
-        key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
+    key, value = (without_padding(x, key_padding_mask) for x in (key, value))
     return Inputs(query, key, value, dtype)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def rows_of(key_padding_mask: Tensor) -> Tensor:
-    """The mask for tensors (batch, heads, n_k, …)."""
-    return key_padding_mask[:, None, :, None]
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -107,9 +105,7 @@ def map_features(
             "sparse_attn: expected feature_map to give as many features of key as of query, "
             f"{of_query.shape[-1]}, got {of_key.shape[-1]}"
         )
-    if key_padding_mask is not None:
-        of_key = of_key.masked_fill(rows_of(key_padding_mask), 0)
-    return of_query, of_key
+    return of_query, without_padding(of_key, key_padding_mask)
 
 
 def all_products(query: Tensor, sums: Tensor) -> Tensor:
@@ -125,12 +121,7 @@ def all_products(query: Tensor, sums: Tensor) -> Tensor:
 def causal_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Σ (query[i] · key[j]) value[j] over the keys up to the query's own, of heads in groups."""
     heads = query.shape[1]
-    return ops.causal_products(query, expand_heads(key, heads), expand_heads(value, heads))
-
-
-def expand_heads(x: Tensor, heads: int) -> Tensor:
-    """(batch, heads_kv, …) to (batch, heads, …): every group of queries gets its own copy."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+    return ops.causal_products(query, repeat_heads(key, heads), repeat_heads(value, heads))
 
 
 def normalise(sums: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

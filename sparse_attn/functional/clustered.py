@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_attn._library import ops
-from sparse_attn.functional._clusters import attend_in_clusters, repeat_heads
+from sparse_attn.functional._clusters import attend_in_clusters
 from sparse_attn.functional._common import (
     check_flag,
     check_inputs,
     check_options,
     check_padding,
-    check_size,
+    repeat_heads,
     visible,
     without_autocast,
     without_padding,
@@ -23,6 +23,7 @@ from sparse_attn.functional._common import (
 from sparse_attn.functional.hashing import bucket_factors, check_rounds, draw_rotations, lsh_buckets
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import KeyLists
+from sparse_attn.patterns.arguments import index
 
 
 def lsh_attention(
@@ -77,8 +78,8 @@ def lsh_attention(
     check_options("lsh_attention", options)
     check_inputs(query, key, value, key_padding_mask, enable_gqa=options.get("enable_gqa", False))
     seen = visible(is_causal)
-    check_size("num_hashes", num_hashes, 1)
-    check_size("num_buckets", num_buckets, 1)
+    num_hashes = index("num_hashes", num_hashes, 1)
+    num_buckets = index("num_buckets", num_buckets, 1)
     options = {**options, "key_padding_mask": key_padding_mask, "scale": scale}
     if num_buckets == 1:
         return attention(query, key, value, seen, **options)
@@ -86,7 +87,7 @@ def lsh_attention(
     if rotations is None:
         shape = (query.shape[1], query.shape[3], num_hashes, num_buckets // 2)
         rotations = draw_rotations(seed, shape, query)
-    sides = query, repeat_heads(key, query)
+    sides = query, repeat_heads(key, query.shape[1])
     buckets = [lsh_buckets(x, rotations, num_buckets) for x in sides]
     check_rounds(buckets[0], num_hashes)
     groups = [part for x in buckets for part in _groups_of_buckets(x, num_buckets)]
@@ -147,12 +148,12 @@ def routing_attention(
     check_options("routing_attention", options)
     check_inputs(query, key, value, key_padding_mask, enable_gqa=options.get("enable_gqa", False))
     visible(is_causal)
-    check_size("window", window, 1)
+    window = index("window", window, 1)
     _check_centroids(centroids, query)
     _check_routed(options, query)
     if query_padding_mask is not None:
         check_padding(query_padding_mask, query, "query_padding_mask")
-    sides = ((query, query_padding_mask), (repeat_heads(key, query), key_padding_mask))
+    sides = ((query, query_padding_mask), (repeat_heads(key, query.shape[1]), key_padding_mask))
     groups = [nearest_tokens(x, centroids, window, hidden) for x, hidden in sides]
     shared = {"key_padding_mask": key_padding_mask, "scale": scale, **options}
     if options.get("return_weights") or 0 in (*query.shape, *value.shape):

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn._library import ops
-from sparse_attn.functional._common import check_dtype, check_flag, scale_of, without_autocast
+from sparse_attn.functional._common import (
+    check_dtype,
+    check_flag,
+    repeat_heads,
+    scale_of,
+    without_autocast,
+)
 from sparse_attn.functional._features import (
     HEAD,
     KERNEL_EPS,
@@ -23,7 +29,6 @@ from sparse_attn.functional._features import (
     draw_orthogonal,
     drawn,
     elu_plus_one,
-    expand_heads,
     map_features,
     normalise,
     prepare,
@@ -181,8 +186,8 @@ def performer_attention(
         projection = drawn(shape, "chi", check_seed(seed), inputs.query.dtype, inputs.query.device)
     else:
         projection = check_projection(projection, num_features, inputs.query)
-    inputs = inputs._replace(key=expand_heads(inputs.key, heads))
-    inputs = inputs._replace(value=expand_heads(inputs.value, heads))
+    inputs = inputs._replace(key=repeat_heads(inputs.key, heads))
+    inputs = inputs._replace(value=repeat_heads(inputs.value, heads))
     with without_autocast(inputs.query):
         if kernel == "relu":
             feature_map = relu_features(projection, scale, eps)

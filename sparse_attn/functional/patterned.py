@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn._library import ops
+from sparse_attn.functional._common import check_flag
 from sparse_attn.patterns import KeyLists, Pattern, check_pattern
 from sparse_attn.sparse_weights import SparseWeights
 from sparse_attn.tables import BlockBias, SlotBias, encode_table
@@ -224,5 +225,4 @@ def _check_numbers(**arguments: object) -> None:
 
 def _check_flags(**arguments: object) -> None:
     for name, argument in arguments.items():
-        if not isinstance(argument, bool):
-            raise TypeError(f"sparse_attn: expected {name} to be True or False, got {argument!r}")
+        check_flag(name, argument)

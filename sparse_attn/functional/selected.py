@@ -59,7 +59,7 @@ def topk_attention(
     check_options("topk_attention", options)
     check_inputs(query, key, value, key_padding_mask, enable_gqa=options.get("enable_gqa", False))
     pattern = visible(is_causal)
-    k = check_k(k)
+    k = index("k", k, 1)
     scale = scale_of(scale, query.shape[3])
     if k < key.shape[2]:
         seen = {"key_padding_mask": key_padding_mask, "is_causal": is_causal, "scale": scale}
@@ -132,13 +132,6 @@ def threshold_attention(
     return attention(
         query, key, value, pattern, key_padding_mask=key_padding_mask, scale=scale, **options
     )
-
-
-def check_k(k: object) -> int:
-    """`k` as an int of at least 1; raise TypeError or ValueError if it is none."""
-    if isinstance(k, bool):
-        raise TypeError(f"sparse_attn: expected k to be an int, got {k!r}")
-    return index("k", k, 1)
 
 
 def check_thresholds(threshold: object, score_threshold: object) -> None:

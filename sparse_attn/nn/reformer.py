@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_attn.functional._common import check_size
 from sparse_attn.functional.chunked import chunked_lsh_attention, default_buckets
 from sparse_attn.functional.hashing import bucket_factors
 from sparse_attn.nn._projected import ProjectedSelfAttention
+from sparse_attn.patterns.arguments import index
 
 
 class ReformerSelfAttention(ProjectedSelfAttention):
@@ -83,10 +83,10 @@ class ReformerSelfAttention(ProjectedSelfAttention):
         )
         if num_buckets is not None:
             bucket_factors(num_buckets)
-        check_size("num_hashes", num_hashes, 1)
-        check_size("chunk_length", chunk_length, 1)
-        check_size("chunks_before", chunks_before, 0)
-        check_size("chunks_after", chunks_after, 0)
+        num_hashes = index("num_hashes", num_hashes, 1)
+        chunk_length = index("chunk_length", chunk_length, 1)
+        chunks_before = index("chunks_before", chunks_before, 0)
+        chunks_after = index("chunks_after", chunks_after, 0)
         self.num_buckets = num_buckets
         self.num_hashes = num_hashes
         self.chunk_length = chunk_length

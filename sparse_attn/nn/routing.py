@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import normalize
 
-from sparse_attn.functional._common import check_size
 from sparse_attn.functional.clustered import routing_attention
 from sparse_attn.nn._checks import check_sequence
 from sparse_attn.nn._projected import ProjectedSelfAttention
+from sparse_attn.patterns.arguments import index
 
 
 class RoutingSelfAttention(ProjectedSelfAttention):
@@ -82,8 +82,8 @@ class RoutingSelfAttention(ProjectedSelfAttention):
             device=device,
             dtype=dtype,
         )
-        check_size("num_clusters", num_clusters, 1)
-        check_size("window", window, 1)
+        num_clusters = index("num_clusters", num_clusters, 1)
+        window = index("window", window, 1)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"sparse_attn: expected decay in [0, 1], got {decay}")
         self.window = window
@@ -135,7 +135,7 @@ class RoutingSelfAttention(ProjectedSelfAttention):
             iterations: Of k-means.
         """
         check_sequence("x", x, self.embed_dim)
-        check_size("iterations", iterations, 0)
+        iterations = index("iterations", iterations, 0)
         query, key = self._split(self.query(x)), self._split(self.key(x))
         units = _units(query, key, key_padding_mask)
         units = units[:, _present(units).any(0)]

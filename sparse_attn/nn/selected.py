@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from sparse_attn.functional.selected import (
-    check_k,
     check_thresholds,
     threshold_attention,
     topk_attention,
 )
 from sparse_attn.nn._projected import ProjectedSelfAttention
+from sparse_attn.patterns.arguments import index
 
 
 class TopKSelfAttention(ProjectedSelfAttention):
@@ -37,7 +37,7 @@ class TopKSelfAttention(ProjectedSelfAttention):
 
     def __init__(self, embed_dim: int, num_heads: int, *, k: int, **options: Any) -> None:
         super().__init__(embed_dim, num_heads, **options)
-        self.k = check_k(k)
+        self.k = index("k", k, 1)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
