@@ -214,21 +214,34 @@ class Forward {
                                  const PlanView& plan, int32_t key_tile, int32_t mask) {
     KeyTile<T> keys;
     if (!scratch.keys.get(key_tile, mask, keys)) return;
-    const Operand<T, true> key{keys.key.data, keys.key.stride};
+    VisibleBlocks<T> visible;
+    keys.find_visible(vectors, visible);
     TileModifiers<T>& modifiers = scratch.modifiers;
     if (keys.words && !modifiers.shapes()) {
-      gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
-           SetMasked<T>{scratch.logits, keys.words});
+      logits(scratch, keys, visible, SetMasked<T>{scratch.logits, keys.words});
     } else {
-      gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
-           SetTo<T>{scratch.logits, kMaxTile});
+      logits(scratch, keys, visible, SetTo<T>{scratch.logits, kMaxTile});
     }
     if (modifiers.exist()) modifiers.set_keys(scratch.keys.tile(key_tile), plan.token_list);
     if (modifiers.shapes()) modifiers.shape(scratch.logits, vectors, keys.words);
-    softmax_update(scratch.logits, keys.count, vectors, *state.softmax, scratch.rescale);
+    for (const VisibleColumns& part : visible.columns()) {
+      softmax_update(scratch.logits, part.keys, part.vectors, *state.softmax, scratch.rescale);
+    }
     if (modifiers.drops()) modifiers.drop(scratch.logits);
-    gemm(dv_, vectors, keys.count, Operand<T, false>{keys.value.data, keys.value.stride},
-         scratch.logits, kMaxTile, Accumulate<T>{state.output, scratch.rescale});
+    for (const VisibleColumns& part : visible.columns()) {
+      gemm(Range{0, dv_}, part.vectors, part.keys,
+           Operand<T, false>{keys.value.data, keys.value.stride}, scratch.logits, kMaxTile,
+           Accumulate<T>{state.output, scratch.rescale});
+    }
+  }
+
+  template <class Finish>
+  SPARSE_ATTN_INLINE void logits(const Scratch& scratch, const KeyTile<T>& keys,
+                                 const VisibleBlocks<T>& visible, const Finish& finish) const {
+    for (const VisibleRows& part : visible.rows()) {
+      gemm(part.keys, part.vectors, Range{0, d_}, Operand<T, true>{keys.key.data, keys.key.stride},
+           scratch.query, kMaxTile, finish);
+    }
   }
 
   /// The state that earlier passes left.

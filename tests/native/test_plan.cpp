@@ -48,8 +48,25 @@ void check_key_tiles(const Plan& plan, const Pass& pass) {
 
 std::uint64_t low_bits(std::int64_t n) { return n == 0 ? 0 : ~std::uint64_t{0} >> (64 - n); }
 
+/// Pairs of a tile that a CPU computes: for every 16 rows the keys from the first to the last seen.
+std::int64_t computed_pairs(const Plan& plan, std::int32_t id, int rows, int keys) {
+  std::int64_t pairs = 0;
+  for (int r = 0; r < rows; r += 16) {
+    int first = keys, last = -1;
+    const int count = std::min(16, rows - r);
+    for (int k = 0; k < keys; ++k) {
+      const std::uint64_t bits = id == kFull ? ~std::uint64_t{0} : plan.masks[index(id)][index(k)];
+      if ((bits >> r & low_bits(count)) == 0) continue;
+      first = std::min(first, k);
+      last = k;
+    }
+    if (last >= first) pairs += count * (last - first + 1);
+  }
+  return pairs;
+}
+
 /// Adds what a row tile visits to `covered` (query, key), for the rows that it owns. Returns the
-/// pairs in the tiles visited.
+/// pairs that are computed.
 std::int64_t walk(const Plan& plan, const Pass& pass, const RowTile& row,
                   std::vector<int>& covered) {
   std::int64_t visited = 0;
@@ -64,7 +81,7 @@ std::int64_t walk(const Plan& plan, const Pass& pass, const RowTile& row,
   for_each_visit(runs + row.first_run, runs + row.end_run, [&](std::int32_t t, std::int32_t id) {
     tiles.push_back(t);
     const Tile& keys = pass.key_tiles[index(t)];
-    visited += std::int64_t{row.rows.count} * keys.count;
+    visited += computed_pairs(plan, id, row.rows.count, keys.count);
     for (int k = 0; k < kMaxTile; ++k) {
       std::uint64_t bits = id == kFull ? low_bits(row.rows.count) : plan.masks[index(id)][index(k)];
       CHECK_EQUAL(bits & ~low_bits(row.rows.count), 0u);
@@ -486,8 +503,8 @@ void test_overhead() {
   };
   CHECK(overhead(full()) == 1.0);
   CHECK(overhead(causal()) < 1.02);
-  CHECK(overhead(window(256, 256)) < 1.13);
-  CHECK(overhead(window(256, 256, 4)) < 1.13);
+  CHECK(overhead(window(256, 256)) < 1.04);
+  CHECK(overhead(window(256, 256, 4)) < 1.04);
   CHECK(overhead(any_of({window(256, 256), global_keys({0, 64}), global_queries({0, 64})})) < 1.2);
   const Expression segments{Word::kBlockWindow, {128, 0, 0}, {}, 0},
       summaries{Word::kPeriodicKeys, {128, 8}, {}, 0};
@@ -504,7 +521,7 @@ void test_overhead() {
   };
   CHECK(chosen(any_of({window(127, 0), window(INT64_MAX, 0, 128)})) < 1.3);
   CHECK(chosen({Word::kBlockWindow, {48, 0, 0}, {}, 0}) == 1.0);
-  CHECK(chosen({Word::kBlockWindow, {100, 1, 1}, {}, 0}) == 1.0);
+  CHECK(chosen({Word::kBlockWindow, {100, 1, 1}, {}, 0}) < 1.05);
   CHECK(chosen({Word::kRadial, {1}, {}, 0}) < 2.0);
 }
 
