@@ -12,6 +12,7 @@
 #include "listed_backward.h"
 #include "modify.h"
 #include "softmax.h"
+#include "visible_products.h"
 
 namespace {
 
@@ -116,11 +117,9 @@ class PairGradients {
       multiply(now_.value, rows_.grad_output, logits);
     }
     if (modifiers_.shapes()) modifiers_.multiply(ds_, slopes_, rows_.vectors);
-    for (const VisibleColumns& part : visible_.columns()) {
-      gemm(Range{0, rows_.query.size()}, part.vectors, part.keys,
-           Operand<T, false>{now_.key.data, now_.key.stride}, ds_, kMaxTile,
-           AddTo<T>{grad_query, kMaxTile});
-    }
+    sum_over_visible_keys(visible_, rows_.query.size(),
+                          Operand<T, false>{now_.key.data, now_.key.stride}, ds_,
+                          AddTo<T>{grad_query, kMaxTile});
     add_keys(probabilities_, rows_.grad_output, to_value);
     add_keys(ds_, rows_.query, to_key);
   }
@@ -142,21 +141,16 @@ class PairGradients {
   template <class Finish>
   SPARSE_ATTN_INLINE void multiply(const Rows<T>& keys, const TileRows<S>& queries,
                                    const Finish& finish) const {
-    for (const VisibleRows& part : visible_.rows()) {
-      gemm(part.keys, part.vectors, Range{0, queries.size()},
-           Operand<T, true>{keys.data, keys.stride}, queries.columns(), kMaxTile, finish);
-    }
+    multiply_visible(visible_, queries.size(), Operand<T, true>{keys.data, keys.stride},
+                     queries.columns(), finish);
   }
 
   /// Adds up rows of the queries for each key.
   SPARSE_ATTN_INLINE void add_keys(const T* factors, const TileRows<S>& queries,
                                    const AddTo<T>& sums) const {
-    for (const VisibleRows& part : visible_.rows()) {
-      const int end = part.vectors.end * kLanes<T>;
-      const Range seeing{part.vectors.begin * kLanes<T>, end < rows_.count ? end : rows_.count};
-      gemm(part.keys, Range{0, queries.vectors()}, seeing, Operand<T, true>{factors, kMaxTile},
-           queries.rows().data, queries.rows().stride, sums);
-    }
+    sum_over_visible_queries(visible_, rows_.count, queries.vectors(),
+                             Operand<T, true>{factors, kMaxTile}, queries.rows().data,
+                             queries.rows().stride, sums);
   }
 
   const AttentionParams& p_;

@@ -13,6 +13,7 @@
 #include "scheduler.h"
 #include "softmax.h"
 #include "tile.h"
+#include "visible_products.h"
 
 namespace {
 
@@ -216,32 +217,24 @@ class Forward {
     if (!scratch.keys.get(key_tile, mask, keys)) return;
     VisibleBlocks<T> visible;
     keys.find_visible(vectors, visible);
+    const Operand<T, true> key{keys.key.data, keys.key.stride};
     TileModifiers<T>& modifiers = scratch.modifiers;
     if (keys.words && !modifiers.shapes()) {
-      logits(scratch, keys, visible, SetMasked<T>{scratch.logits, keys.words});
+      multiply_visible(visible, d_, key, scratch.query, SetMasked<T>{scratch.logits, keys.words});
     } else {
-      logits(scratch, keys, visible, SetTo<T>{scratch.logits, kMaxTile});
+      multiply_visible(visible, d_, key, scratch.query, SetTo<T>{scratch.logits, kMaxTile});
     }
     if (modifiers.exist()) modifiers.set_keys(scratch.keys.tile(key_tile), plan.token_list);
     if (modifiers.shapes()) modifiers.shape(scratch.logits, vectors, keys.words);
+    if (!visible.whole()) {  // vectors that see no key stay as they are
+      for (int i = 0; i < kMaxTile; i += kLanes<T>) store(scratch.rescale + i, broadcast(T{1}));
+    }
     for (const VisibleColumns& part : visible.columns()) {
       softmax_update(scratch.logits, part.keys, part.vectors, *state.softmax, scratch.rescale);
     }
     if (modifiers.drops()) modifiers.drop(scratch.logits);
-    for (const VisibleColumns& part : visible.columns()) {
-      gemm(Range{0, dv_}, part.vectors, part.keys,
-           Operand<T, false>{keys.value.data, keys.value.stride}, scratch.logits, kMaxTile,
-           Accumulate<T>{state.output, scratch.rescale});
-    }
-  }
-
-  template <class Finish>
-  SPARSE_ATTN_INLINE void logits(const Scratch& scratch, const KeyTile<T>& keys,
-                                 const VisibleBlocks<T>& visible, const Finish& finish) const {
-    for (const VisibleRows& part : visible.rows()) {
-      gemm(part.keys, part.vectors, Range{0, d_}, Operand<T, true>{keys.key.data, keys.key.stride},
-           scratch.query, kMaxTile, finish);
-    }
+    sum_over_visible_keys(visible, dv_, Operand<T, false>{keys.value.data, keys.value.stride},
+                          scratch.logits, Accumulate<T>{state.output, scratch.rescale});
   }
 
   /// The state that earlier passes left.

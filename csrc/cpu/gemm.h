@@ -86,11 +86,10 @@ SPARSE_ATTN_INLINE void gemm_last_rows(int m_size, int m0, int n0, int k_size,
   }
 }
 
-/// The rows of a block of columns that starts at vector n0.
-template <int kVectors, class T, bool kRowMajor, class Finish>
+/// The rows of a block of columns that starts at vector n0, kRows at a time.
+template <int kVectors, int kRows = kBlockRows<kVectors>, class T, bool kRowMajor, class Finish>
 __attribute__((noinline)) void gemm_columns(Range rows, int n0, int k_size, Operand<T, kRowMajor> a,
                                             const T* b, int64_t ldb, Finish finish) {
-  constexpr int kRows = kBlockRows<kVectors>;
   int m = rows.begin;
   for (; m + kRows <= rows.end; m += kRows)
     gemm_block<kRows, kVectors>(m, n0, k_size, a, b, ldb, finish);
@@ -111,24 +110,22 @@ SPARSE_ATTN_INLINE void gemm_last_columns(Range rows, int n_end, int n0, int k_s
   }
 }
 
-/// The part of C that is `rows` times vectors of columns, summed over part of k.
+/// The part of C that is `rows` times the first vectors of columns.
 template <class T, bool kRowMajor, class Finish>
-SPARSE_ATTN_INLINE void gemm(Range rows, Range vectors, Range k, Operand<T, kRowMajor> a,
+SPARSE_ATTN_INLINE void gemm(Range rows, int vectors, int k_size, Operand<T, kRowMajor> a,
                              const T* b, int64_t ldb, const Finish& finish) {
-  a = a.from_column(k.begin);
-  b += k.begin * ldb;
-  int n = vectors.begin;
-  for (; n + kBlockVectors <= vectors.end; n += kBlockVectors) {
-    gemm_columns<kBlockVectors>(rows, n, k.size(), a, b, ldb, finish);
+  int n = 0;
+  for (; n + kBlockVectors <= vectors; n += kBlockVectors) {
+    gemm_columns<kBlockVectors>(rows, n, k_size, a, b, ldb, finish);
   }
-  gemm_last_columns<kBlockVectors - 1>(rows, vectors.end, n, k.size(), a, b, ldb, finish);
+  gemm_last_columns<kBlockVectors - 1>(rows, vectors, n, k_size, a, b, ldb, finish);
 }
 
-/// All of C, `vectors` vectors of columns wide.
+/// C, `vectors` vectors of columns wide.
 template <class T, bool kRowMajor, class Finish>
 SPARSE_ATTN_INLINE void gemm(int m_size, int vectors, int k_size, Operand<T, kRowMajor> a,
                              const T* b, int64_t ldb, const Finish& finish) {
-  gemm(Range{0, m_size}, Range{0, vectors}, Range{0, k_size}, a, b, ldb, finish);
+  gemm(Range{0, m_size}, vectors, k_size, a, b, ldb, finish);
 }
 
 /// C = sum.
