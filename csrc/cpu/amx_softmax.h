@@ -82,6 +82,14 @@ __attribute__((noinline)) void amx_softmax(const float* scores, const uint64_t* 
     amx_softmax_columns<1, kMasked>(scores, words, v, keys, scale, state, rescale, pairs);
 }
 
+/// P = exp(logit - lse), at most 1: see probability() of softmax.h.
+SPARSE_ATTN_INLINE __m512 amx_probability(__m512 logit, __m512 lse) {
+  const __m512 x =
+      _mm512_mul_ps(_mm512_sub_ps(logit, lse), _mm512_set1_ps(static_cast<float>(kLog2E)));
+  const __m512 zero = _mm512_setzero_ps();  // of a NaN and a minimum, min takes the second
+  return power_of_two(_mm512_mask_min_ps(zero, kAllLanes, zero, x));
+}
+
 /// Numbers [key][query] -> pairs of keys, zeros where masked. Masks as above.
 inline void pair_keys(const float* numbers, const uint64_t* words, int keys, int vectors,
                       BFloat16* pairs) {
