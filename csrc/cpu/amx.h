@@ -13,6 +13,8 @@ namespace {
 
 /// Rows and columns of a tile of C, and how far a tile of A or B reaches along the sum.
 constexpr int kAmxRows = 16, kAmxSum = 32;
+/// Columns of a block of tiles of C.
+constexpr int kAmxColumns = 2;
 
 /// What LDTILECFG reads: here eight whole tiles.
 struct alignas(64) AmxConfig {

@@ -27,6 +27,8 @@ class AmxPairGradients {
         p_rows_(arena.take<BFloat16>(kMaxTile * kMaxTile)),
         ds_rows_(arena.take<BFloat16>(kMaxTile * kMaxTile)),
         ds_pairs_(arena.take<BFloat16>(kMaxTile * kMaxTile)),
+        lse_(arena.take<float>(kMaxTile)),
+        delta_(arena.take<float>(kMaxTile)),
         last_(arena.take<float>(int64_t{kAmxRows} * round_up(longest(params), kAmxRows))) {}
 
   void start(const PlanView& plan, const PassView& pass, int64_t head) {
@@ -40,6 +42,10 @@ class AmxPairGradients {
     rows_.load(head_, tile, list);
     modifiers_.set_rows(tile.rows, list);
     row_tiles_ = round_up(tile.rows.count, kAmxSum) / kAmxRows;
+    for (int i = 0; i < kMaxTile; i += kLanes<float>) {
+      store(lse_ + i, load(rows_.lse + i) * static_cast<float>(kLog2E));
+      store(delta_ + i, load(rows_.delta + i) * static_cast<float>(p_.scale));
+    }
   }
 
   bool get(int32_t key_tile, int32_t mask) {
@@ -49,22 +55,22 @@ class AmxPairGradients {
   }
 
   void add(float* grad_query, AddTo<float> to_key, AddTo<float> to_value) {
-    const int key_tiles = round_up(now_.count, kAmxRows) / kAmxRows;
-    amx_product<false>(key_tiles, row_tiles_, rows_.query.sum_tiles(), now_.key,
-                       rows_.query.columns(), {scores_, kMaxTile});
-    amx_product<false>(key_tiles, row_tiles_, rows_.grad_output.sum_tiles(), now_.value,
-                       rows_.grad_output.columns(), {gradients_, kMaxTile});
     if (modifiers_.exist()) {
+      multiply(0, row_tiles_, kMaxTile);
       modify();
-      narrow([this](int at, int) {
-        return PairOfVectors{_mm512_loadu_ps(scores_ + at), _mm512_loadu_ps(gradients_ + at)};
-      });
-    } else {
-      narrow(Plain(*this));
     }
-    amx_product<true>(round_up(rows_.query.size(), kAmxRows) / kAmxRows, row_tiles_,
-                      round_up(now_.count, kAmxSum) / kAmxSum, now_.columns,
-                      {ds_pairs_, 2 * kMaxTile}, {grad_query, kMaxTile});
+    for (int first = 0; first < row_tiles_; first += kAmxColumns) {
+      if (modifiers_.exist()) {
+        narrow(Modified{scores_, gradients_}, first);
+      } else {
+        multiply(first, kAmxColumns, kAmxColumns * kAmxRows);
+        narrow(Plain(*this), first);
+      }
+      amx_product<true>(round_up(rows_.query.size(), kAmxRows) / kAmxRows, kAmxColumns,
+                        round_up(now_.count, kAmxSum) / kAmxSum, now_.columns,
+                        {ds_pairs_ + first * kAmxSum, 2 * kMaxTile},
+                        {grad_query + first * kAmxRows, kMaxTile});
+    }
     add_keys(to_value, p_rows_, rows_.grad_output);
     add_keys(to_key, ds_rows_, rows_.query);
   }
@@ -74,26 +80,49 @@ class AmxPairGradients {
     __m512 p, ds;
   };
 
-  /// P and dS of the vector at `at`, the n-th of its key, without modifiers.
+  /// P and dS of vector n of the queries, the v-th one at hand, as modify() left them.
+  struct Modified {
+    SPARSE_ATTN_INLINE PairOfVectors operator()(int k, int n, int /*v*/) const {
+      const int at = k * kMaxTile + n * kAmxRows;
+      return {_mm512_loadu_ps(scores + at), _mm512_loadu_ps(gradients + at)};
+    }
+    const float *scores, *gradients;
+  };
+
+  /// The same from what multiply() left.
   struct Plain {
     explicit Plain(const AmxPairGradients& of)
         : scores(of.scores_),
           gradients(of.gradients_),
-          lse(of.rows_.lse),
-          delta(of.rows_.delta),
-          scale(_mm512_set1_ps(static_cast<float>(of.p_.scale))) {}
+          lse(of.lse_),
+          delta(of.delta_),
+          scale(_mm512_set1_ps(static_cast<float>(of.p_.scale))),
+          exponent(_mm512_set1_ps(static_cast<float>(of.p_.scale * kLog2E))) {}
 
-    SPARSE_ATTN_INLINE PairOfVectors operator()(int at, int n) const {
-      const __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(scores + at), scale);
-      const __m512 p = amx_probability(logit, _mm512_loadu_ps(lse + n * kAmxRows));
-      const __m512 rest =
-          _mm512_sub_ps(_mm512_loadu_ps(gradients + at), _mm512_loadu_ps(delta + n * kAmxRows));
-      return {p, _mm512_mul_ps(p, _mm512_mul_ps(rest, scale))};
+    SPARSE_ATTN_INLINE PairOfVectors operator()(int k, int n, int v) const {
+      const int at = (k * kAmxColumns + v) * kAmxRows;
+      const __m512 zero = _mm512_setzero_ps();
+      const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + at), exponent,
+                                       _mm512_loadu_ps(lse + n * kAmxRows));
+      // At most 1, as in softmax.h; of a NaN and a minimum, min takes the second.
+      const __m512 p = power_of_two(_mm512_mask_min_ps(zero, kAllLanes, zero, x));
+      const __m512 rest = _mm512_fmsub_ps(_mm512_loadu_ps(gradients + at), scale,
+                                          _mm512_loadu_ps(delta + n * kAmxRows));
+      return {p, _mm512_mul_ps(p, rest)};
     }
 
     const float *scores, *gradients, *lse, *delta;
-    __m512 scale;
+    const __m512 scale, exponent;
   };
+
+  /// Scores and gradients of the probabilities for tiles of queries.
+  void multiply(int first, int tiles, int stride) {
+    const int key_tiles = round_up(now_.count, kAmxRows) / kAmxRows;
+    amx_product<false>(key_tiles, tiles, rows_.query.sum_tiles(), now_.key,
+                       rows_.query.columns(first), {scores_, stride});
+    amx_product<false>(key_tiles, tiles, rows_.grad_output.sum_tiles(), now_.value,
+                       rows_.grad_output.columns(first), {gradients_, stride});
+  }
 
   static int longest(const AttentionParams& params) {
     return static_cast<int>(params.head_dim > params.value_dim ? params.head_dim
@@ -128,40 +157,38 @@ class AmxPairGradients {
   }
 
   template <class Values>
-  void narrow(const Values& values) {
+  void narrow(const Values& values, int first) {
     if (now_.words || rows_.live != ~uint64_t{0}) {
-      narrow_tile<true>(values);
+      narrow_columns<true>(values, first);
     } else {
-      narrow_tile<false>(values);
+      narrow_columns<false>(values, first);
     }
   }
 
   /// Writes P and dS as the products take them, zero where the mask or a row without keys says so.
   template <bool kMasked, class Values>
-  __attribute__((noinline)) void narrow_tile(Values values) {
+  __attribute__((noinline)) void narrow_columns(const Values& values, int first) {
     const int keys = round_up(now_.count, kAmxSum);
     for (int k = 0; k < keys; k += 2) {
-      for (int n = 0; n < row_tiles_; n += 2) {
-        PairOfVectors of[2][2];
+      PairOfVectors of[2][kAmxColumns];
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-          const uint64_t word =
-              kMasked ? (now_.words ? now_.words[k + i] : ~uint64_t{0}) & rows_.live : 0;
+      for (int i = 0; i < 2; ++i) {
+        const uint64_t word =
+            kMasked ? (now_.words ? now_.words[k + i] : ~uint64_t{0}) & rows_.live : 0;
 #pragma GCC unroll 2
-          for (int j = 0; j < 2; ++j) {
-            const __mmask16 lanes = kMasked ? lanes_of(word, n + j) : kAllLanes;
-            const PairOfVectors x = values((k + i) * kMaxTile + (n + j) * kAmxRows, n + j);
-            of[i][j] = {_mm512_maskz_mov_ps(lanes, x.p), _mm512_maskz_mov_ps(lanes, x.ds)};
-          }
-          const int at = (k + i) * kMaxTile + n * kAmxRows;
-          store_words(p_rows_ + at, narrow_both(of[i][0].p, of[i][1].p));
-          store_words(ds_rows_ + at, narrow_both(of[i][0].ds, of[i][1].ds));
+        for (int v = 0; v < kAmxColumns; ++v) {
+          const __mmask16 lanes = kMasked ? lanes_of(word, first + v) : kAllLanes;
+          const PairOfVectors x = values(k + i, first + v, v);
+          of[i][v] = {_mm512_maskz_mov_ps(lanes, x.p), _mm512_maskz_mov_ps(lanes, x.ds)};
         }
+        const int at = (k + i) * kMaxTile + first * kAmxRows;
+        store_words(p_rows_ + at, narrow_both(of[i][0].p, of[i][1].p));
+        store_words(ds_rows_ + at, narrow_both(of[i][0].ds, of[i][1].ds));
+      }
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-          store_words(ds_pairs_ + k * kMaxTile + (n + j) * kAmxSum,
-                      zip_halves(narrow_both(of[0][j].ds, of[1][j].ds)));
-        }
+      for (int v = 0; v < kAmxColumns; ++v) {
+        store_words(ds_pairs_ + k * kMaxTile + (first + v) * kAmxSum,
+                    zip_halves(narrow_both(of[0][v].ds, of[1][v].ds)));
       }
     }
   }
@@ -190,11 +217,12 @@ class AmxPairGradients {
   AmxKeyTiles<true> keys_;
   AmxKeyTile now_{};
   TileModifiers<float> modifiers_;
-  float* scores_;                // [key][query], or the probabilities
+  float* scores_;                // [key][query], of all queries or some; or the probabilities
   float* gradients_;             // of the probabilities, or of the scores
   float* slopes_;                // of the logits in the scores
   BFloat16 *p_rows_, *ds_rows_;  // [key][query]
   BFloat16* ds_pairs_;           // [key / 2][query][2]
+  float *lse_, *delta_;          // [query], times log2(e) and times the scale
   float* last_;                  // sums of keys that are no whole tile
 };
 

@@ -43,28 +43,44 @@ class AmxForwardTile {
   void attend(const RowState<float>& state, int32_t key_tile, int32_t mask) {
     AmxKeyTile keys;
     if (!keys_.get(key_tile, mask, keys)) return;
-    const int key_rows = round_up(keys.count, kAmxRows), padded = round_up(keys.count, kAmxSum);
-    amx_product<false>(key_rows / kAmxRows, vectors_, round_up(d_, kAmxSum) / kAmxSum, keys.key,
-                       {query_, 2 * kMaxTile}, {scores_, kMaxTile});
     const auto scale = static_cast<float>(p_.scale);
-    if (modifiers_.exist() || !(scale > 0.0f)) {
+    const bool plain = !modifiers_.exist() && scale > 0.0f;
+    if (!plain) {
       modifiers_.set_keys(keys_.tile(key_tile), list_);
       weigh_modified(state, keys, scale);
-    } else if (keys.words) {
-      amx_softmax<true>(scores_, keys.words, padded, vectors_, scale, *state.softmax, rescale_,
-                        pairs_);
-    } else {
-      amx_softmax<false>(scores_, nullptr, padded, vectors_, scale, *state.softmax, rescale_,
-                         pairs_);
     }
-    rescale_output(state.output);
-    amx_product<true>(round_up(dv_, kAmxRows) / kAmxRows, vectors_, padded / kAmxSum, keys.columns,
-                      {pairs_, 2 * kMaxTile}, {state.output, kMaxTile});
+    for (int first = 0; first < vectors_; first += kAmxColumns) {
+      const int vectors = vectors_ - first < kAmxColumns ? vectors_ - first : kAmxColumns;
+      if (plain) weigh(state, keys, first, vectors, scale);
+      add_values(state.output, keys, first, vectors);
+    }
   }
 
  private:
-  /// The softmax by the text that all types share.
+  void multiply_keys(const AmxKeyTile& keys, int first, int vectors, AmxSums scores) const {
+    amx_product<false>(round_up(keys.count, kAmxRows) / kAmxRows, vectors,
+                       round_up(d_, kAmxSum) / kAmxSum, keys.key,
+                       {query_ + first * kAmxSum, 2 * kMaxTile}, scores);
+  }
+
+  /// The weights of some vectors of queries. These are few, so that what one step writes is still
+  /// in the level-1 cache for the next.
+  void weigh(const RowState<float>& state, const AmxKeyTile& keys, int first, int vectors,
+             float scale) {
+    multiply_keys(keys, first, vectors, {scores_, kAmxColumns * kAmxRows});
+    const AmxSoftmax softmax{scores_,  keys.words, round_up(keys.count, kAmxSum),
+                             first,    scale,      *state.softmax,
+                             rescale_, pairs_};
+    if (keys.words) {
+      amx_softmax<true>(softmax, vectors);
+    } else {
+      amx_softmax<false>(softmax, vectors);
+    }
+  }
+
+  /// Those of all queries by the text that all types share.
   void weigh_modified(const RowState<float>& state, const AmxKeyTile& keys, float scale) {
+    multiply_keys(keys, 0, vectors_, {scores_, kMaxTile});
     const bool shapes = modifiers_.shapes();
     for_each_vector<float>(keys.count, vectors_, [&](int at, int k, int v) {
       const Vec<float> score = load(scores_ + at) * scale;
@@ -78,8 +94,8 @@ class AmxForwardTile {
     pair_keys(scores_, keys.words, round_up(keys.count, kAmxSum), vectors_, pairs_);
   }
 
-  void rescale_output(float* output) const {
-    for (int v = 0; v < vectors_; ++v) {
+  void add_values(float* output, const AmxKeyTile& keys, int first, int vectors) const {
+    for (int v = first; v < first + vectors; ++v) {
       const Vec<float> factor = load(rescale_ + v * kLanes<float>);
       if (lane_bits<float>(factor != 1.0f) == 0) continue;
       for (int c = 0; c < dv_; ++c) {
@@ -87,6 +103,10 @@ class AmxForwardTile {
         store(at, load(at) * factor);
       }
     }
+    amx_product<true>(round_up(dv_, kAmxRows) / kAmxRows, vectors,
+                      round_up(keys.count, kAmxSum) / kAmxSum, keys.columns,
+                      {pairs_ + first * kAmxSum, 2 * kMaxTile},
+                      {output + first * kAmxRows, kMaxTile});
   }
 
   const AmxTiles tiles_;
@@ -97,7 +117,7 @@ class AmxForwardTile {
   int vectors_ = 0;
   BFloat16* query_rows_;  // [query][head_dim], padded
   BFloat16* query_;       // [head_dim / 2][query][2]
-  float* scores_;         // [key][query]
+  float* scores_;         // [key][query], of all queries or some
   BFloat16* pairs_;       // of probabilities, [key / 2][query][2]
   float* rescale_;        // [query]
   AmxKeyTiles<false> keys_;

@@ -34,7 +34,8 @@ class AmxTileRows {
     return total;
   }
 
-  AmxRows columns() const { return {columns_, 2 * kMaxTile}; }      // [size / 2][row][2]
+  /// [size / 2][row][2], from a tile of rows on.
+  AmxRows columns(int first) const { return {columns_ + first * kAmxSum, 2 * kMaxTile}; }
   AmxRows pairs() const { return {pairs_, int64_t{2} * padded_}; }  // [row / 2][size][2]
   int size() const { return size_; }
   int sum_tiles() const { return padded_ / kAmxSum; }
