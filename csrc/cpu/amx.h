@@ -172,6 +172,22 @@ inline void transpose_pairs(BFloat16* to, int64_t to_stride, const BFloat16* fro
   }
 }
 
+/// Operands B for all queries of a tile lie one block of columns after the other: in rows of
+/// kMaxTile, a block would use half of the sets of the level-1 cache. This is the block of tile
+/// `first`, with `size` elements along the sum.
+SPARSE_ATTN_INLINE AmxRows of_columns(const BFloat16* data, int first, int size) {
+  return {data + first * kAmxRows * size, kAmxColumns * kAmxSum};
+}
+
+/// Rows of `size` elements -> such operands, pairs along the rows.
+SPARSE_ATTN_INLINE void pair_columns(BFloat16* to, const BFloat16* from, int rows, int size) {
+  constexpr int kBlock = kAmxColumns * kAmxRows;
+  for (int r = 0; r < rows; r += kBlock) {
+    const int count = rows - r < kBlock ? rows - r : kBlock;
+    transpose_pairs(to + r * size, kBlock, from + r * size, count, size / 2);
+  }
+}
+
 /// For the masked forms of intrinsics whose plain form g++ 12 warns of.
 constexpr __mmask16 kAllLanes = 0xffff;
 

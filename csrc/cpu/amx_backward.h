@@ -26,7 +26,7 @@ class AmxPairGradients {
         slopes_(arena.take<float>(kMaxTile * kMaxTile)),
         p_rows_(arena.take<BFloat16>(kMaxTile * kMaxTile)),
         ds_rows_(arena.take<BFloat16>(kMaxTile * kMaxTile)),
-        ds_pairs_(arena.take<BFloat16>(kMaxTile * kMaxTile)),
+        ds_pairs_(arena.take<BFloat16>(kMaxTile * kAmxColumns * kAmxRows)),
         lse_(arena.take<float>(kMaxTile)),
         delta_(arena.take<float>(kMaxTile)),
         last_(arena.take<float>(int64_t{kAmxRows} * round_up(longest(params), kAmxRows))) {}
@@ -55,20 +55,22 @@ class AmxPairGradients {
   }
 
   void add(float* grad_query, AddTo<float> to_key, AddTo<float> to_value) {
-    if (modifiers_.exist()) {
-      multiply(0, row_tiles_, kMaxTile);
+    const bool modified = modifiers_.exist();
+    if (modified) {
+      for (int first = 0; first < row_tiles_; first += kAmxColumns)
+        multiply(first, first * kAmxRows, kMaxTile);
       modify();
     }
     for (int first = 0; first < row_tiles_; first += kAmxColumns) {
-      if (modifiers_.exist()) {
+      if (modified) {
         narrow(Modified{scores_, gradients_}, first);
       } else {
-        multiply(first, kAmxColumns, kAmxColumns * kAmxRows);
+        multiply(first, 0, kAmxColumns * kAmxRows);
         narrow(Plain(*this), first);
       }
       amx_product<true>(round_up(rows_.query.size(), kAmxRows) / kAmxRows, kAmxColumns,
                         round_up(now_.count, kAmxSum) / kAmxSum, now_.columns,
-                        {ds_pairs_ + first * kAmxSum, 2 * kMaxTile},
+                        {ds_pairs_, kAmxColumns * kAmxSum},
                         {grad_query + first * kAmxRows, kMaxTile});
     }
     add_keys(to_value, p_rows_, rows_.grad_output);
@@ -115,13 +117,13 @@ class AmxPairGradients {
     const __m512 scale, exponent;
   };
 
-  /// Scores and gradients of the probabilities for tiles of queries.
-  void multiply(int first, int tiles, int stride) {
+  /// Scores and gradients of the probabilities for a block of queries.
+  void multiply(int first, int at, int stride) {
     const int key_tiles = round_up(now_.count, kAmxRows) / kAmxRows;
-    amx_product<false>(key_tiles, tiles, rows_.query.sum_tiles(), now_.key,
-                       rows_.query.columns(first), {scores_, stride});
-    amx_product<false>(key_tiles, tiles, rows_.grad_output.sum_tiles(), now_.value,
-                       rows_.grad_output.columns(first), {gradients_, stride});
+    amx_product<false>(key_tiles, kAmxColumns, rows_.query.sum_tiles(), now_.key,
+                       rows_.query.columns(first), {scores_ + at, stride});
+    amx_product<false>(key_tiles, kAmxColumns, rows_.grad_output.sum_tiles(), now_.value,
+                       rows_.grad_output.columns(first), {gradients_ + at, stride});
   }
 
   static int longest(const AttentionParams& params) {
@@ -187,7 +189,7 @@ class AmxPairGradients {
       }
 #pragma GCC unroll 2
       for (int v = 0; v < kAmxColumns; ++v) {
-        store_words(ds_pairs_ + k * kMaxTile + (first + v) * kAmxSum,
+        store_words(ds_pairs_ + (k / 2 * kAmxColumns + v) * kAmxSum,
                     zip_halves(narrow_both(of[0][v].ds, of[1][v].ds)));
       }
     }
@@ -217,11 +219,11 @@ class AmxPairGradients {
   AmxKeyTiles<true> keys_;
   AmxKeyTile now_{};
   TileModifiers<float> modifiers_;
-  float* scores_;                // [key][query], of all queries or some; or the probabilities
+  float* scores_;                // [key][query], of all queries or a block; or probabilities
   float* gradients_;             // of the probabilities, or of the scores
   float* slopes_;                // of the logits in the scores
   BFloat16 *p_rows_, *ds_rows_;  // [key][query]
-  BFloat16* ds_pairs_;           // [key / 2][query][2]
+  BFloat16* ds_pairs_;           // of a block, [key / 2][query][2]
   float *lse_, *delta_;          // [query], times log2(e) and times the scale
   float* last_;                  // sums of keys that are no whole tile
 };

@@ -19,7 +19,7 @@ class AmxForwardTile {
         query_rows_(arena.take<BFloat16>(int64_t{kMaxTile} * round_up(d_, kAmxSum))),
         query_(arena.take<BFloat16>(int64_t{kMaxTile} * round_up(d_, kAmxSum))),
         scores_(arena.take<float>(kMaxTile * kMaxTile)),
-        pairs_(arena.take<BFloat16>(kMaxTile * kMaxTile)),
+        pairs_(arena.take<BFloat16>(kMaxTile * kAmxColumns * kAmxRows)),
         rescale_(arena.take<float>(kMaxTile)),
         keys_(arena, params),
         modifiers_(arena) {}
@@ -35,7 +35,7 @@ class AmxForwardTile {
     const int rows = round_up(tile.count, kAmxRows), padded = round_up(d_, kAmxSum);
     copy_rows(query_rows_, head_of<const BFloat16>(p_.query, p_.heads, head_), tile, list_, d_,
               all_rows(tile.count), rows);
-    transpose_pairs(query_, kMaxTile, query_rows_, rows, padded / 2);
+    pair_columns(query_, query_rows_, rows, padded);
     vectors_ = rows / kAmxRows;
     modifiers_.set_rows(tile, list_);
   }
@@ -49,22 +49,32 @@ class AmxForwardTile {
       modifiers_.set_keys(keys_.tile(key_tile), list_);
       weigh_modified(state, keys, scale);
     }
-    for (int first = 0; first < vectors_; first += kAmxColumns) {
-      const int vectors = vectors_ - first < kAmxColumns ? vectors_ - first : kAmxColumns;
-      if (plain) weigh(state, keys, first, vectors, scale);
+    for_each_block([&](int first, int vectors) {
+      if (plain) {
+        weigh(state, keys, first, vectors, scale);
+      } else {
+        pair_keys(scores_, keys.words, round_up(keys.count, kAmxSum), first, vectors, pairs_);
+      }
       add_values(state.output, keys, first, vectors);
-    }
+    });
   }
 
  private:
-  void multiply_keys(const AmxKeyTile& keys, int first, int vectors, AmxSums scores) const {
-    amx_product<false>(round_up(keys.count, kAmxRows) / kAmxRows, vectors,
-                       round_up(d_, kAmxSum) / kAmxSum, keys.key,
-                       {query_ + first * kAmxSum, 2 * kMaxTile}, scores);
+  /// Calls visit(first, vectors) for each block of vectors of queries.
+  template <class Visit>
+  SPARSE_ATTN_INLINE void for_each_block(const Visit& visit) const {
+    for (int first = 0; first < vectors_; first += kAmxColumns)
+      visit(first, vectors_ - first < kAmxColumns ? vectors_ - first : kAmxColumns);
   }
 
-  /// The weights of some vectors of queries. These are few, so that what one step writes is still
-  /// in the level-1 cache for the next.
+  void multiply_keys(const AmxKeyTile& keys, int first, int vectors, AmxSums scores) const {
+    const int size = round_up(d_, kAmxSum);
+    amx_product<false>(round_up(keys.count, kAmxRows) / kAmxRows, vectors, size / kAmxSum, keys.key,
+                       of_columns(query_, first, size), scores);
+  }
+
+  /// The weights of a block. It is small, so that what one step writes is still in the level-1
+  /// cache for the next.
   void weigh(const RowState<float>& state, const AmxKeyTile& keys, int first, int vectors,
              float scale) {
     multiply_keys(keys, first, vectors, {scores_, kAmxColumns * kAmxRows});
@@ -80,7 +90,9 @@ class AmxForwardTile {
 
   /// Those of all queries by the text that all types share.
   void weigh_modified(const RowState<float>& state, const AmxKeyTile& keys, float scale) {
-    multiply_keys(keys, 0, vectors_, {scores_, kMaxTile});
+    for_each_block([&](int first, int vectors) {
+      multiply_keys(keys, first, vectors, {scores_ + first * kAmxRows, kMaxTile});
+    });
     const bool shapes = modifiers_.shapes();
     for_each_vector<float>(keys.count, vectors_, [&](int at, int k, int v) {
       const Vec<float> score = load(scores_ + at) * scale;
@@ -91,7 +103,6 @@ class AmxForwardTile {
     if (shapes) modifiers_.shape(scores_, vectors_, keys.words);
     softmax_update(scores_, keys.count, vectors_, *state.softmax, rescale_);
     if (modifiers_.drops()) modifiers_.drop(scores_);
-    pair_keys(scores_, keys.words, round_up(keys.count, kAmxSum), vectors_, pairs_);
   }
 
   void add_values(float* output, const AmxKeyTile& keys, int first, int vectors) const {
@@ -105,8 +116,7 @@ class AmxForwardTile {
     }
     amx_product<true>(round_up(dv_, kAmxRows) / kAmxRows, vectors,
                       round_up(keys.count, kAmxSum) / kAmxSum, keys.columns,
-                      {pairs_ + first * kAmxSum, 2 * kMaxTile},
-                      {output + first * kAmxRows, kMaxTile});
+                      {pairs_, kAmxColumns * kAmxSum}, {output + first * kAmxRows, kMaxTile});
   }
 
   const AmxTiles tiles_;
@@ -116,9 +126,9 @@ class AmxForwardTile {
   const int64_t* list_ = nullptr;
   int vectors_ = 0;
   BFloat16* query_rows_;  // [query][head_dim], padded
-  BFloat16* query_;       // [head_dim / 2][query][2]
-  float* scores_;         // [key][query], of all queries or some
-  BFloat16* pairs_;       // of probabilities, [key / 2][query][2]
+  BFloat16* query_;       // [block][head_dim / 2][query][2]
+  float* scores_;         // [key][query], of all queries or a block
+  BFloat16* pairs_;       // of probabilities of a block, [key / 2][query][2]
   float* rescale_;        // [query]
   AmxKeyTiles<false> keys_;
   TileModifiers<float> modifiers_;

@@ -20,7 +20,7 @@ class AmxTileRows {
             float /*factor*/) {
     const int rows = round_up(tile.count, kAmxSum);
     copy_rows(rows_, head, tile, list, size_, live, rows);
-    transpose_pairs(columns_, kMaxTile, rows_, rows, padded_ / 2);
+    pair_columns(columns_, rows_, rows, padded_);
     pair_rows(pairs_, rows_, padded_, rows);
   }
 
@@ -34,8 +34,8 @@ class AmxTileRows {
     return total;
   }
 
-  /// [size / 2][row][2], from a tile of rows on.
-  AmxRows columns(int first) const { return {columns_ + first * kAmxSum, 2 * kMaxTile}; }
+  /// [size / 2][row][2] of some rows.
+  AmxRows columns(int first) const { return of_columns(columns_, first, padded_); }
   AmxRows pairs() const { return {pairs_, int64_t{2} * padded_}; }  // [row / 2][size][2]
   int size() const { return size_; }
   int sum_tiles() const { return padded_ / kAmxSum; }

@@ -71,7 +71,7 @@ SPARSE_ATTN_INLINE void amx_softmax_vectors(const AmxSoftmax& s) {
     for (int v = 0; v < kVectors; ++v) {
       const __m512 p = weight(k, v), q = weight(k + 1, v);
       total[v] = _mm512_add_ps(total[v], _mm512_add_ps(p, q));
-      store_words(s.pairs + k * kMaxTile + (s.first + v) * kAmxSum, zip_halves(narrow_both(p, q)));
+      store_words(s.pairs + (k / 2 * kAmxColumns + v) * kAmxSum, zip_halves(narrow_both(p, q)));
     }
   }
 #pragma GCC unroll 2
@@ -88,16 +88,16 @@ __attribute__((noinline)) void amx_softmax(const AmxSoftmax& softmax, int vector
   }
 }
 
-/// Numbers [key][query] -> pairs of keys, zeros where masked. Masks as above.
-inline void pair_keys(const float* numbers, const uint64_t* words, int keys, int vectors,
+/// Numbers [key][kMaxTile queries] -> such pairs, zeros where masked. Masks as above.
+inline void pair_keys(const float* numbers, const uint64_t* words, int keys, int first, int vectors,
                       BFloat16* pairs) {
   for (int k = 0; k < keys; k += 2) {
     for (int v = 0; v < vectors; ++v) {
       const auto number = [&](int at) {
-        const __mmask16 lanes = words ? lanes_of(words[at], v) : kAllLanes;
-        return _mm512_maskz_loadu_ps(lanes, numbers + at * kMaxTile + v * kAmxRows);
+        const __mmask16 lanes = words ? lanes_of(words[at], first + v) : kAllLanes;
+        return _mm512_maskz_loadu_ps(lanes, numbers + at * kMaxTile + (first + v) * kAmxRows);
       };
-      store_words(pairs + k * kMaxTile + v * kAmxSum,
+      store_words(pairs + (k / 2 * kAmxColumns + v) * kAmxSum,
                   zip_halves(narrow_both(number(k), number(k + 1))));
     }
   }
