@@ -127,7 +127,7 @@ SPARSE_ATTN_INLINE void copy_rows(BFloat16* to, Head<const BFloat16> head, const
   const int padded = round_up(size, kAmxSum);
   for (int i = 0; i < rows; ++i) {
     const bool counts = i < tile.count && (live >> i & 1);
-    const BFloat16* from = counts ? head.row(tile, list, i) : nullptr;
+    const BFloat16* from = counts ? head.row(tile, list, i) : head.data;
     for (int c = 0; c < padded; c += kAmxSum) {
       const int left = counts ? size - c : 0;
       const __mmask32 part = left >= kAmxSum ? ~__mmask32{0} : (__mmask32{1} << left) - 1;

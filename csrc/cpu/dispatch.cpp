@@ -119,11 +119,12 @@ const Isa kIsas[] = {
 const Isa& choose() {
   const char* variable = std::getenv("SPARSE_ATTN_ISA");
   const std::string wanted = usual_name(variable ? variable : "");
+  for (const Isa& isa : kIsas) {
+    if ((wanted.empty() || wanted == isa.name) && isa.supported()) return isa;
+  }
   std::string names;
   for (const Isa& isa : kIsas) {
-    if (!isa.supported()) continue;
-    if (wanted.empty() || wanted == isa.name) return isa;
-    names += (names.empty() ? "" : ", ") + isa.name;
+    if (isa.supported()) names += (names.empty() ? "" : ", ") + isa.name;
   }
   if (names.empty()) {
     throw std::invalid_argument("expected a CPU of at least " + std::end(kIsas)[-1].name);
