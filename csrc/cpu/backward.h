@@ -166,7 +166,7 @@ class PairGradients {
   T* slopes_;         // of the logits in the scores
 };
 
-template <class S>
+template <class S, class PairsOfTile = PairGradients<S>>
 class Backward {
  public:
   using T = Real<S>;
@@ -219,7 +219,7 @@ class Backward {
   }
 
   const AttentionParams& p_;
-  GradientSweep<S, PairGradients<S>> sweep_;
+  GradientSweep<S, PairsOfTile> sweep_;
   T* delta_ = nullptr;  // of the lists
   char* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
