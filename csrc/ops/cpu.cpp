@@ -131,9 +131,11 @@ Outputs attention_cpu(c10::DispatchKeySet keys, const AttentionArguments& a) {
   return {output, lse};
 }
 
-/// Zero-filled, like query, key and value.
+/// Like query, key and value; those of key and value zero-filled, as the kernels add to them.
 Gradients empty_gradients(const AttentionArguments& a) {
-  return {empty_rows(a.query, a.query.size(3)).zero_(), at::zeros(a.key.sizes(), a.key.options()),
+  const at::Tensor query = empty_rows(a.query, a.query.size(3));
+  if (has_no_pairs(a)) query.zero_();
+  return {query, at::zeros(a.key.sizes(), a.key.options()),
           at::zeros(a.value.sizes(), a.value.options())};
 }
 
