@@ -78,9 +78,15 @@ def _problem_lines(peers: dict) -> list[str]:
     heads = f"{row['heads']} heads of {row['head_dim']}, {row['threads']} threads"
     title = f"{name_of(row)}, {row['dtype']}, {heads}, {row['pairs']} pairs a head"
     lines = ["", title, " " * 20 + "".join(f"{TITLES[d]:>48}" for d in DIRECTIONS)]
+    without = []
     for peer, found in peers.items():
+        if all(found[d].get("status", "").startswith("none") for d in DIRECTIONS):
+            without.append(peer)
+            continue
         cells = "".join(f"  {_cell(found[d])}" for d in DIRECTIONS)
         lines.append(f"  {peer:<18}{cells}".rstrip())
+    if without:
+        lines.append(f"  none: {', '.join(without)}")
     cells = "".join(f"  {first[d]['limit_ms']:9.1f}{'':37}" for d in DIRECTIONS)
     return [*lines, f"  {'limit':<18}{cells}".rstrip()]
 
