@@ -44,6 +44,11 @@ def _most_common(rows: list[dict], **fields: object) -> list[dict]:
     return rows
 
 
+def _legend(figure, handles, labels) -> None:
+    columns = max(2, int(figure.get_figwidth() / 2.2))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+
+
 def _finish(plt, figure, report: dict, title: str, path: Path) -> Path:
     env = report["environment"]
     figure.suptitle(f"{title}\n{env['cpu']}, torch {env['versions']['torch']}", fontsize=10)
@@ -84,7 +89,7 @@ def bars(report: dict, path: Path) -> Path | None:
             limit = next(iter(peers.values()))[direction]["limit_ms"]
             panel.hlines(limit, c - 0.45, c + 0.45, color="black", linestyle="--", linewidth=1.2)
         panel.set_yscale("log")
-        panel.margins(y=0.12)
+        panel.margins(x=0.01, y=0.12)
         panel.set_ylabel("milliseconds")
         panel.set_title(TITLES[direction])
         panel.grid(axis="y", which="major", alpha=0.3)
@@ -93,7 +98,7 @@ def bars(report: dict, path: Path) -> Path | None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[peer]) for peer in shown]
     handles.append(plt.Line2D([], [], color="black", linestyle="--"))
     labels = [*(LABELS[peer] for peer in shown), "limit: products, then exp"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    _legend(figure, handles, labels)
     title = f"{length} tokens, {_sizes(rows[0])}: medians and ranges"
     return _finish(plt, figure, report, title, path)
 
@@ -109,15 +114,10 @@ def _lines(panel, points: dict[str, dict[int, float]]) -> None:
         style |= {} if peer == LIMIT else {"color": COLORS[peer], "label": LABELS[peer]}
         style |= {"linewidth": 2.4} if peer == OURS else {"linewidth": 1.2}
         panel.plot(x, [line[n] for n in x], markersize=4, **style)
-        if peer != LIMIT:
-            at = (x[-1], line[x[-1]])
-            panel.annotate(
-                f" {LABELS[peer]}", at, fontsize=7, color=COLORS[peer], va="center"
-            )  # fmt: skip
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    panel.margins(x=0.05)
-    panel.set_xlim(right=panel.get_xlim()[1] * 2.2)
+    places = sorted(points[LIMIT])
+    panel.set_xticks(places, map(str, places), fontsize=8)
     panel.grid(which="major", alpha=0.3)
     panel.set_ylabel("milliseconds")
 
@@ -138,6 +138,10 @@ def lines(report: dict, path: Path) -> Path | None:
             _lines(panel, by_direction[direction])
             panel.set_title(f"{title}, {TITLES[direction]}", fontsize=10)
             panel.set_xlabel({"N": "tokens", "w": "keys on each side"}[variable])
+    handles = {}
+    for panel in panels.flat:
+        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    _legend(figure, handles.values(), handles)
     title = f"{_sizes(rows[0])}; dashed: the limit"
     return _finish(plt, figure, report, title, path)
 
@@ -181,12 +185,11 @@ def _line_points(rows: list[dict], title: str, fields: dict, x) -> tuple[str, di
 
 def types(report: dict, path: Path) -> Path | None:
     """Share of the float32 limit by type and head size: ours and the best peer."""
-    problems = [
-        (key, peers)
-        for key, peers in by_problem(report["results"]).items()
-        if key[1] == USUAL_LENGTH
-    ]
-    kinds = list(dict.fromkeys((key[4], key[2]) for key, _ in problems))
+    rows = [row for row in report["results"] if row["length"] == USUAL_LENGTH]
+    usual = {key: max((row[key] for row in rows), default=0) for key in ("heads", "threads")}
+    rows = [row for row in rows if all(row[key] == value for key, value in usual.items())]
+    problems = list(by_problem(rows).items())
+    kinds = sorted({(key[4], key[2]) for key, _ in problems}, key=lambda kind: (kind[1], kind[0]))
     cases = list(dict.fromkeys(key[0] for key, _ in problems))
     cases = [c for c in cases if sum(key[0] == c for key, _ in problems) == len(kinds)]
     if len(kinds) < 3 or not cases:
@@ -216,8 +219,9 @@ def types(report: dict, path: Path) -> Path | None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[k]) for k in range(len(kinds))]
     handles.append(plt.Line2D([], [], color="black", marker="_", linestyle="", markersize=11))
     labels = [*(f"{dtype}, heads of {head_dim}" for dtype, head_dim in kinds), "the best peer"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    return _finish(plt, figure, report, f"{USUAL_LENGTH} tokens", path)
+    _legend(figure, handles, labels)
+    title = f"{USUAL_LENGTH} tokens, {usual['heads']} heads, {usual['threads']} threads"
+    return _finish(plt, figure, report, title, path)
 
 
 def draw(report: dict, path: Path) -> list[Path]:

@@ -131,7 +131,7 @@ def _wanted(found: dict) -> str:
 
 
 def _measured(found: dict) -> str:
-    digits = 0 if found["unit"] == "%" else 2
+    digits = 1 if found["unit"] == "%" else 2
     return f"{found['measured']:.{digits}f} {found['unit']}"
 
 

@@ -268,7 +268,7 @@ def chunk_loop(setup: Setup, tuned: bool = False) -> tuple[Attention, str]:
     for _ in range(4):
         for chunk, run in runs.items():
             best[chunk] = min(best[chunk], once(step(run, leaves, grad, setup.backward)))
-        if max(best.values()) > 1.0:
+        if max(best.values()) > 0.4:
             break  # long enough to tell
     chosen = min(best, key=best.__getitem__)
     return runs[chosen], f"chunks of {chosen}"

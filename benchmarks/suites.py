@@ -11,8 +11,6 @@ from record import OURS
 from workload import HEAD_DIM, HEADS, BigBirdCase, Case, StridedCase, find_case
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Those that a length of 65536 neither stops nor makes tell anything new are timed there.
-LONG_PEERS = (OURS, "flex_attention", "chunked_bmm", "chunk_loop_tuned")
 
 
 @dataclass(frozen=True)
@@ -59,38 +57,36 @@ def _headline(threads: int) -> Iterator[Item]:
     # Without a pattern all cases are the same: dense attention is timed once for each length.
     others = tuple(name for name in PEERS if name != "sdpa_dense")
     yield Item(problem("window256"), everyone, everyone)
-    yield Item(problem("causal256"), everyone, everyone)
-    for name in ("window128", "window256_global16", "dilated2", "dilated4", "dilated8"):
-        yield Item(problem(name), others, others)
-    for name in ("bigbird64", "strided"):
-        yield Item(problem(name), others, others)
+    yield Item(problem("causal256"), everyone, (OURS,))
+    for name in ("window128", "window256_global16", "dilated2", "dilated4", "dilated8", "strided"):
+        yield Item(problem(name), others, (OURS,))
+    yield Item(problem("bigbird64"), others, (OURS, "bigbird"))
     yield Item(problem("window256_n16384"), others, others)
     for dtype in DTYPES[1:]:
         yield Item(problem("window256", dtype), (OURS, "chunk_loop_tuned"), (OURS,))
 
 
 def _growth(threads: int) -> Iterator[Item]:
+    few = (OURS, "chunk_loop_tuned")
+    many = (*few, "flex_attention", "chunked_bmm", "local_attention", "longformer", "sdpa_mask")
     for power in range(10, 17):
         problem = Problem(find_case("window256").at(2**power), threads=threads)
-        memory = (OURS, "chunk_loop_tuned") if power in (12, 14, 16) else ()
-        yield Item(problem, (*LONG_PEERS, "sdpa_mask", "longformer", "local_attention"), memory)
+        yield Item(problem, few if power % 2 else many, few if power in (12, 14, 16) else ())
     for power in (10, 12, 14, 16):  # those with a whole root
         problem = Problem(find_case("strided").at(2**power), threads=threads)
         yield Item(problem, (OURS, "chunked_bmm"))
     for reach in (64, 128, 256, 512, 1024):
         problem = Problem(find_case(f"window{reach}").at(8192), threads=threads)
-        yield Item(problem, LONG_PEERS)
+        yield Item(problem, many[: 3 if reach in (64, 256, 1024) else 2])
 
 
 def _types(threads: int) -> Iterator[Item]:
+    peers = (OURS, "chunk_loop_tuned", "sdpa_mask", "flex_attention", "local_attention")
     for dtype in DTYPES:
         for head_dim in (64, 128):
             for name in ("window256", "window256_global16", "dilated2", "causal256", "bigbird64"):
                 problem = Problem(find_case(name), dtype, head_dim, threads=threads)
-                peers = (OURS, "chunk_loop_tuned")
-                if name == "window256":
-                    peers += ("sdpa_mask", "flex_attention", "local_attention", "chunked_bmm")
-                yield Item(problem, peers)
+                yield Item(problem, peers if name == "window256" else (OURS,))
 
 
 def _threads(threads: int) -> Iterator[Item]:

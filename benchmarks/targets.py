@@ -42,7 +42,7 @@ class Target:
     measure: Measure
     wanted: tuple[float | None, float | None]
     at_most: bool = False
-    unit: str = "x"  # or %
+    unit: str = "×"  # or %
 
     def reached(self, value: float, wanted: float) -> bool:
         """Whether a measured value is good enough."""
