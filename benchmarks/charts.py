@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from record import DIRECTIONS, OURS, PROBLEM, TITLES, USUAL_LENGTH, by_problem
+from record import DIRECTIONS, DTYPES, OURS, PROBLEM, TITLES, USUAL_LENGTH, by_problem
 
 LIMIT = "limit"
 LABELS = {
@@ -189,7 +189,9 @@ def types(report: dict, path: Path) -> Path | None:
     usual = {key: max((row[key] for row in rows), default=0) for key in ("heads", "threads")}
     rows = [row for row in rows if all(row[key] == value for key, value in usual.items())]
     problems = list(by_problem(rows).items())
-    kinds = sorted({(key[4], key[2]) for key, _ in problems}, key=lambda kind: (kind[1], kind[0]))
+    kinds = sorted(
+        {(key[4], key[2]) for key, _ in problems}, key=lambda kind: (DTYPES.index(kind[0]), kind[1])
+    )
     cases = list(dict.fromkeys(key[0] for key, _ in problems))
     cases = [c for c in cases if sum(key[0] == c for key, _ in problems) == len(kinds)]
     if len(kinds) < 3 or not cases:

@@ -33,7 +33,8 @@ import torch
 from measure import Key, Preparation, results, use_threads
 from memory import measure_apart
 from peers import PEERS
-from suites import DTYPES, SUITES, Item, Problem, suite
+from record import DTYPES
+from suites import SUITES, Item, Problem, suite
 from timing import interleave
 from tqdm import tqdm
 from workload import BATCH, CASES, HEAD_DIM, HEADS, find_case

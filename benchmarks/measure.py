@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
 import torch
@@ -93,6 +93,8 @@ class Preparation:
     tasks: dict[Key, Callable] = field(default_factory=dict)
     seconds: dict[Key, float] = field(default_factory=dict)
     rows: dict[Key, dict] = field(default_factory=dict)
+    # Length and seconds of the last call of what differs in its length alone.
+    _last: dict[Key, tuple[int, float]] = field(default_factory=dict)
     _inputs: dict[tuple, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def add(self, items: Iterable[Item]) -> None:
@@ -126,6 +128,7 @@ class Preparation:
         if peer.compiles:
             row["max_error"] = self._against_ours(peer, task, setup)
         self.tasks[key], self.seconds[key] = task, once(task)
+        self._last[_without_length(key)] = problem.case.length, self.seconds[key]
         if note:
             row["note"] = note
 
@@ -148,26 +151,17 @@ class Preparation:
 
     def _check_time(self, key: Key) -> None:
         """Whether a call would take too long, if time grew with the length."""
-        problem, name, direction = key
-        for length in sorted(
-            (k[0].case.length for k in self.seconds if self._is_shorter(k, key)), reverse=True
-        ):
-            shorter = (_at(problem, length), name, direction)
-            expected = self.seconds[shorter] * problem.case.length / length
+        problem = key[0]
+        if last := self._last.get(_without_length(key)):
+            length, seconds = last
+            expected = seconds * problem.case.length / length
             if expected > self.longest:
                 raise Unsupported(f"left out: would take {expected:.0f} s or more a call")
-            return
-
-    @staticmethod
-    def _is_shorter(known: Key, key: Key) -> bool:
-        length = known[0].case.length
-        return length < key[0].case.length and known == (_at(key[0], length), *key[1:])
 
 
-def _at(problem: Problem, length: int) -> Problem:
-    fields = problem.fields() | {"case": problem.case.at(length)}
-    del fields["length"]
-    return Problem(**fields)
+def _without_length(key: Key) -> Key:
+    problem, *others = key
+    return (replace(problem, case=problem.case.at(1)), *others)
 
 
 def results(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 OURS = "sparse_attn"
 LOOPS = ("chunk_loop", "chunk_loop_tuned")
+DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = ("forward", "forward_backward")
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
 #: Everything that a time depends on, beside the peer and the direction.

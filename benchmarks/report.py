@@ -197,7 +197,7 @@ def readme(report: dict) -> str:
     threads = max(row["threads"] for row in report["results"])
     usual = {"length": 4096, "head_dim": 64, "heads": 8, "dtype": "float32", "threads": threads}
     rows = [row for row in report["results"] if all(row[k] == v for k, v in usual.items())]
-    cases = {peers[OURS][DIRECTIONS[0]]["case"]: peers for peers in by_problem(rows).values()}
+    cases = {key[0]: peers for key, peers in by_problem(rows).items() if OURS in peers}
     shown = {case: title for case, title in README_CASES.items() if case in cases}
     lines = [["forward / forward + backward, ms", *shown.values()], ["---"] * (len(shown) + 1)]
     for peer, title in README_PEERS.items():

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from peers import PEERS
-from record import OURS
+from record import DTYPES, OURS
 from workload import HEAD_DIM, HEADS, BigBirdCase, Case, StridedCase, find_case
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
