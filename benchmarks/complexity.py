@@ -31,7 +31,7 @@ from growth import chart
 from growth.child import Worker
 from growth.fit import exponent, n_log_n
 from growth.methods import METHODS, Method, inputs, task, window
-from report import DIRECTIONS, TITLES
+from record import DIRECTIONS, TITLES
 from timing import Samples, interleave, once
 from tqdm import tqdm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from report import DIRECTIONS, TITLES
+from record import DIRECTIONS, TITLES
 
 
 def _pyplot():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from peers import Attention, step
+from peer_setup import Attention, step
 from torch import Tensor
 
 from sparse_attn import BigBird, Fixed, Global, Pattern, Strided, Window, attention
