@@ -61,4 +61,38 @@ struct FeatureParams {
   void* grad_norms = nullptr;  // (batch, heads, n), of scale |input|^2 / 2, negated
 };
 
+/// features · sums, relative to each row's largest product, or featuresᵀ · values, relative to the
+/// head's. Backward has both as inputs, one of them the gradient. What is not wanted is null.
+struct FeatureProductParams {
+  DataType dtype = DataType::kFloat32;
+  bool transposed = false;  // featuresᵀ · values
+  bool backward = false;
+  std::int64_t batch = 0;
+  std::int64_t heads = 0;
+  std::int64_t n = 0;
+  std::int64_t count = 0;     // features of a row
+  std::int64_t head_dim = 0;  // of the input
+  std::int64_t value_dim = 0;
+  double scale = 1.0;
+  double factor = 1.0;
+  double eps = 0.0;
+
+  TensorView input;                       // (batch, heads, n, head_dim)
+  const void* projection = nullptr;       // (heads, count, head_dim)
+  std::int64_t projection_stride = 0;     // of heads; 0 = one for all
+  const std::uint8_t* padding = nullptr;  // (batch, n), 1 = padded; null = none
+  TensorView values;                      // (batch, heads, n, value_dim)
+  const void* sums = nullptr;             // (batch, heads, count, value_dim)
+
+  // Contiguous. Backward reads the maxima and where they are, as of FeatureParams.
+  void* maximum = nullptr;
+  std::int64_t* index = nullptr;
+  void* to_values = nullptr;
+  void* to_sums = nullptr;
+  void* grad_input = nullptr;
+  void* grad_projection = nullptr;  // (batch, heads, count, head_dim)
+
+  void* workspace = nullptr;
+};
+
 }  // namespace sparse_attn

@@ -148,20 +148,27 @@ def test_features_of_the_op(mode):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("mode", [0, 1])
-def test_products_of_features(mode, transposed):
+@pytest.mark.parametrize("padded", [False, True])
+def test_products_of_features(padded, transposed):
     """The features are made again in the backward pass: the same numbers as if they were kept."""
+    mode = int(transposed)
     x = cases.normal(2, 2, 4, 3).requires_grad_()
     weights = projection(5, 3, 2).requires_grad_()
     other = cases.normal(2, 2, 4 if transposed else 5, 2, seed=1).requires_grad_()
-    padding = cases.padding(2, 4) if mode else None
-    given = x, weights, other, padding, mode, transposed, 0.3, 0.01
-    features = FEATURES(x, weights, padding, mode, 0.3, 0.01)[0]
-    torch.testing.assert_close(PRODUCTS(*given), (features.mT if transposed else features) @ other)
+    padding = cases.padding(2, 4) if padded else None
+    given = x, weights, other, padding, transposed, 0.3, 0.01
+    features, _, maximum, _, index = FEATURES(x, weights, padding, mode, 0.3, 0.01)
+    found = PRODUCTS(*given)
+    torch.testing.assert_close(found[0], (features.mT if transposed else features) @ other)
+    visible = torch.ones(2, 2, 4, dtype=torch.bool, device=DEVICE)
+    if padded and not transposed:
+        visible &= ~padding[:, None]
+    torch.testing.assert_close(found[1][visible], maximum[visible])
+    assert torch.equal(found[2][visible], index[visible])
     opcheck(PRODUCTS, given)
 
     def function(x, weights, other):
-        return PRODUCTS(x, weights, other, *given[3:])
+        return PRODUCTS(x, weights, other, *given[3:])[0]
 
     assert gradcheck(function, given[:3], check_forward_ad=True)
     assert gradgradcheck(function, given[:3])
@@ -174,9 +181,9 @@ def test_slices_of_heads(transposed):
         x = cases.normal(batch, heads, n, 2)
         weights = projection(20, 2, heads)
         other = cases.normal(batch, heads, n if transposed else 20, 2, seed=1)
-        features = FEATURES(x, weights, None, 1)[0]
+        features = FEATURES(x, weights, None, int(transposed))[0]
         expected = (features.mT if transposed else features) @ other
-        torch.testing.assert_close(PRODUCTS(x, weights, other, None, 1, transposed), expected)
+        torch.testing.assert_close(PRODUCTS(x, weights, other, None, transposed)[0], expected)
 
 
 def test_sums():

@@ -24,6 +24,8 @@ struct LinearKernels {
   void (*sums)(const ProductParams&, const Parallel&);
   void (*features)(const FeatureParams&, const Parallel&);
   void (*features_backward)(const FeatureParams&, const Parallel&);
+  std::int64_t (*feature_products_workspace)(const FeatureProductParams&, int threads);
+  void (*feature_products)(const FeatureProductParams&, const Parallel&);
 };
 
 struct SelectionKernel {

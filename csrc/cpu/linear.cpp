@@ -1,6 +1,7 @@
 // The kernels of linear attention for one instruction set and storage type, as kernels.cpp.
 #include "causal_products.h"
 #include "cpu/kernels.h"
+#include "feature_products.h"
 #include "features.h"
 #include "instance.h"
 #include "outer_sums.h"
@@ -31,12 +32,21 @@ void features_backward(const FeatureParams& params, const Parallel& parallel) {
   Features<Real<Scalar>>(params).backward(parallel);
 }
 
+int64_t feature_products_workspace(const FeatureProductParams& params, int threads) {
+  return FeatureProducts<Real<Scalar>>(params).layout(nullptr, threads);
+}
+
+void feature_products(const FeatureProductParams& params, const Parallel& parallel) {
+  FeatureProducts<Real<Scalar>>(params).run(parallel);
+}
+
 }  // namespace
 
 namespace sparse_attn::cpu {
 
 extern const LinearKernels SPARSE_ATTN_INSTANCE(linear);
 const LinearKernels SPARSE_ATTN_INSTANCE(linear){
-    products_workspace, products, sums_workspace, sums, features, features_backward};
+    products_workspace,         products,        sums_workspace, sums, features, features_backward,
+    feature_products_workspace, feature_products};
 
 }  // namespace sparse_attn::cpu

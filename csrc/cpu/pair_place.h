@@ -16,7 +16,7 @@ struct PlaceOfPairs {
   int64_t offset;  // of positions from queries
   int64_t head;    // batch x heads
   int rows, keys;
-  int64_t row_step;  // between queries; 0 if it changes
+  int64_t row_step, key_step;  // between queries and between keys; 0 if it changes
   int64_t query[kMaxTile];
   int64_t key[kMaxTile];
 
@@ -27,6 +27,7 @@ struct PlaceOfPairs {
   }
   void set_keys(const Tile& tile, const int64_t* list) {
     keys = tile.count;
+    key_step = tile.list < 0 ? tile.step : 0;
     for (int k = 0; k < keys; ++k) key[k] = sparse_attn::token(tile, list, k);
   }
   PairPlace at(int k, int r) const { return {query[r], query[r] + offset, key[k]}; }
@@ -66,6 +67,13 @@ class HeadTable {
         for (int r = 0; r < place.rows; r += kLanes<T>)
           load_slots(numbers + k * kMaxTile + r, slot - r, neutral);
       }
+      return numbers;
+    }
+    if (is_dense_block(place)) {
+      const T* const first =
+          data_ + place.query[0] * table_.row_stride + place.key[0] * table_.column_stride;
+      transpose_rows<T>(numbers, kMaxTile, {first, place.row_step * table_.row_stride}, place.rows,
+                        place.keys, T{1});
       return numbers;
     }
     for_each_key(place, [&](int k, const Offsets& of) {
@@ -153,6 +161,12 @@ class HeadTable {
   bool is_toeplitz(const PlaceOfPairs& place) const {
     return table_.kind == TableKind::kSlots && table_.row_stride == 0 &&
            table_.column_stride == 1 && place.row_step == window_.dilation;
+  }
+
+  /// Whether each query has a number for each key, those of a query in whole vectors.
+  bool is_dense_block(const PlaceOfPairs& place) const {
+    return table_.kind == TableKind::kBlocks && table_.block == 1 && table_.column_stride == 1 &&
+           place.row_step > 0 && place.key_step == 1 && place.keys % kLanes<T> == 0;
   }
 
   /// Of key k and the first query; far outside if no query has one.

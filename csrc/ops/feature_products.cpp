@@ -1,9 +1,6 @@
-// Products with positive features that are not kept: some heads at a time their features are made,
-// used and thrown away, in the backward pass again. Writing all of them to fresh memory took longer
-// than to compute them twice.
+// Products with positive features that are not kept. On a GPU they are compositions: some heads at
+// a time features are made, used and thrown away, in the backward pass again.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/ThreadLocalState.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -16,19 +13,132 @@
 namespace sparse_attn {
 namespace {
 
-/// Features that are there at a time, unless a head has more: 4 MiB of float32 on a CPU.
-constexpr std::int64_t kOnCpu = std::int64_t{1} << 20;
-constexpr std::int64_t kElsewhere = std::int64_t{1} << 26;
+/// Features that are there at a time, unless a head has more.
+constexpr std::int64_t kFeatures = std::int64_t{1} << 26;
 
-FeatureOptions options_of(const std::optional<at::Tensor>& padding, std::int64_t reference,
-                          double scale, double eps) {
-  return {padding, static_cast<Reference>(reference), scale, eps};
+/// Some examples and heads.
+struct Slice {
+  std::int64_t batch, batches, head, heads;
+
+  at::Tensor of(const at::Tensor& tensor) const {
+    return tensor.narrow(0, batch, batches).narrow(1, head, heads);
+  }
+  FeatureProduct of(const FeatureProduct& call) const {
+    FeatureProduct part = call;
+    part.input = of(call.input);
+    part.other = of(call.other);
+    if (call.projection.dim() == 3) part.projection = call.projection.narrow(0, head, heads);
+    if (call.padding) part.padding = call.padding->narrow(0, batch, batches);
+    return part;
+  }
+};
+
+std::vector<Slice> slices_of(const FeatureProduct& call) {
+  const std::int64_t batch = call.input.size(0), heads = call.input.size(1),
+                     numbers = call.input.size(2) * call.projection.size(-2);
+  const auto at_least_1 = [](std::int64_t n) { return std::max<std::int64_t>(1, n); };
+  const std::int64_t most = kFeatures / at_least_1(numbers);
+  const std::int64_t heads_step = std::clamp<std::int64_t>(most, 1, at_least_1(heads)),
+                     batch_step = at_least_1(most / at_least_1(heads));
+  std::vector<Slice> slices;
+  for (std::int64_t b = 0; b < batch; b += batch_step) {
+    for (std::int64_t h = 0; h < heads; h += heads_step)
+      slices.push_back({b, std::min(batch_step, batch - b), h, std::min(heads_step, heads - h)});
+  }
+  return slices;
 }
 
-void check(const FeatureProduct& call) {
-  check_features(call.input, call.projection, call.options);
-  TORCH_CHECK_VALUE(call.options.reference != Reference::kRunning,
-                    "sparse_attn: expected reference of 0 (each row) or 1 (the head), got 2");
+ProductOutputs empty_outputs(const FeatureProduct& call) {
+  const auto sizes = call.input.sym_sizes().slice(0, 3);
+  return {empty_feature_product(call), at::empty_symint(sizes, call.input.options()),
+          at::empty_symint(sizes, call.input.options().dtype(at::kLong))};
+}
+
+ProductOutputs products(const at::Tensor& input, const at::Tensor& projection,
+                        const at::Tensor& other, const std::optional<at::Tensor>& padding,
+                        bool transposed, double scale, double eps) {
+  const FeatureProduct call{input, projection, other, padding, transposed, scale, eps};
+  check_feature_product(call);
+  const auto [output, maximum, index] = empty_outputs(call);
+  for (const Slice& slice : slices_of(call)) {
+    const FeatureProduct part = slice.of(call);
+    const FeatureOutputs made = features_of(part);
+    const at::Tensor& features = std::get<0>(made);
+    slice.of(output).copy_(transposed ? outer_sums_op().call(features, part.other)
+                                      : at::matmul(features, part.other));
+    slice.of(maximum).copy_(std::get<2>(made));
+    slice.of(index).copy_(std::get<4>(made));
+  }
+  return {output, maximum, index};
+}
+
+ThreeGradients backward(const at::Tensor& grad, const at::Tensor& input,
+                        const at::Tensor& projection, const at::Tensor& other, const at::Tensor&,
+                        const at::Tensor&, const std::optional<at::Tensor>& padding,
+                        bool transposed, double scale, double eps, std::array<bool, 3> wanted) {
+  const FeatureProduct call{input, projection, other, padding, transposed, scale, eps};
+  check_feature_product(call);
+  const auto like = [&](int i, const at::Tensor& x) {
+    return wanted[i] ? at::zeros_like(x, at::MemoryFormat::Contiguous)
+                     : at::empty({0}, x.options());
+  };
+  const at::Tensor grad_input = like(0, input), grad_projection = like(1, projection),
+                   grad_other = like(2, other);
+  const at::Tensor scaled = projection * std::sqrt(scale);
+  const bool by_head = projection.dim() == 3;
+  for (const Slice& slice : slices_of(call)) {
+    const FeatureProduct part = slice.of(call);
+    const at::Tensor given = slice.of(grad);
+    const auto [features, sums, maximum, constant, index] = features_of(part);
+    if (wanted[2]) {
+      slice.of(grad_other)
+          .copy_(transposed ? at::matmul(features, given) : outer_sums_op().call(features, given));
+    }
+    if (!wanted[0] && !wanted[1]) continue;
+    const at::Tensor of_features =
+        transposed ? at::matmul(part.other, given.mT()) : at::matmul(given, part.other.mT());
+    const auto [of_products, norms] = positive_features_backward_op().call(
+        of_features, std::nullopt, std::nullopt, features, index, part.padding,
+        static_cast<std::int64_t>(part.options().reference), eps);
+    const auto of_heads = [&](const at::Tensor& x) {
+      return by_head ? x.narrow(0, slice.head, slice.heads) : x;
+    };
+    if (wanted[0]) {
+      slice.of(grad_input)
+          .copy_(at::matmul(of_products, of_heads(scaled)) -
+                 part.input * (norms * scale).unsqueeze(-1));
+    }
+    if (wanted[1]) {
+      const at::Tensor sum =
+          outer_sums_op().call(of_products, part.input).sum(0) * std::sqrt(scale);
+      of_heads(grad_projection).add_(by_head ? sum : sum.sum(0));
+    }
+  }
+  return {grad_input, grad_projection, grad_other};
+}
+
+ProductOutputs products_meta(const at::Tensor& input, const at::Tensor& projection,
+                             const at::Tensor& other, const std::optional<at::Tensor>& padding,
+                             bool transposed, double scale, double eps) {
+  const FeatureProduct call{input, projection, other, padding, transposed, scale, eps};
+  check_feature_product(call);
+  return empty_outputs(call);
+}
+
+ThreeGradients backward_meta(const at::Tensor&, const at::Tensor& input,
+                             const at::Tensor& projection, const at::Tensor& other,
+                             const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                             bool, double, double, std::array<bool, 3> wanted) {
+  const auto like = [&](int i, const at::Tensor& x) {
+    return wanted[i] ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
+  };
+  return {like(0, input), like(1, projection), like(2, other)};
+}
+
+}  // namespace
+
+void check_feature_product(const FeatureProduct& call) {
+  check_features(call.input, call.projection, call.options());
   const at::Tensor &input = call.input, &other = call.other;
   const c10::SymInt rows = call.transposed ? input.sym_size(2) : call.projection.sym_size(-2);
   TORCH_CHECK_TYPE(other.scalar_type() == input.scalar_type(),
@@ -42,151 +152,17 @@ void check(const FeatureProduct& call) {
                     input.device(), ", got ", other.device());
 }
 
-at::Tensor empty_result(const FeatureProduct& call) {
+at::Tensor empty_feature_product(const FeatureProduct& call) {
   auto sizes = call.other.sym_sizes().vec();
   sizes[2] = call.transposed ? call.projection.sym_size(-2) : call.input.sym_size(2);
   return at::empty_symint(sizes, call.input.options());
 }
 
-/// Some examples and heads.
-struct Slice {
-  std::int64_t batch, batches, head, heads;
-
-  at::Tensor of(const at::Tensor& tensor) const {
-    return tensor.narrow(0, batch, batches).narrow(1, head, heads);
-  }
-  FeatureProduct of(const FeatureProduct& call) const {
-    FeatureProduct part{of(call.input), call.projection, of(call.other), call.options,
-                        call.transposed};
-    if (call.projection.dim() == 3) part.projection = call.projection.narrow(0, head, heads);
-    if (call.options.padding)
-      part.options.padding = call.options.padding->narrow(0, batch, batches);
-    return part;
-  }
-};
-
-std::vector<Slice> slices_of(const FeatureProduct& call) {
-  const std::int64_t batch = call.input.size(0), heads = call.input.size(1),
-                     numbers = call.input.size(2) * call.projection.size(-2);
-  const auto at_least_1 = [](std::int64_t n) { return std::max<std::int64_t>(1, n); };
-  const std::int64_t most = (call.input.is_cpu() ? kOnCpu : kElsewhere) / at_least_1(numbers);
-  const std::int64_t heads_step = std::clamp<std::int64_t>(most, 1, at_least_1(heads)),
-                     batch_step = at_least_1(most / at_least_1(heads));
-  std::vector<Slice> slices;
-  for (std::int64_t b = 0; b < batch; b += batch_step) {
-    for (std::int64_t h = 0; h < heads; h += heads_step)
-      slices.push_back({b, std::min(batch_step, batch - b), h, std::min(heads_step, heads - h)});
-  }
-  return slices;
-}
-
-/// body(slice, its number). On a CPU threads take whole slices, which never wait for each other;
-/// what is in a slice comes out the same.
-template <class Body>
-void for_each_slice(const FeatureProduct& call, const std::vector<Slice>& slices,
-                    const Body& body) {
-  const auto count = static_cast<std::int64_t>(slices.size());
-  if (!call.input.is_cpu() || count < at::get_num_threads()) {
-    for (std::int64_t i = 0; i < count; ++i) body(slices[i], i);
-    return;
-  }
-  const at::ThreadLocalState state;
-  at::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
-    const at::ThreadLocalStateGuard same_as_caller(state);
-    for (std::int64_t i = begin; i < end; ++i) body(slices[i], i);
-  });
-}
-
-at::Tensor products(const at::Tensor& input, const at::Tensor& projection, const at::Tensor& other,
-                    const std::optional<at::Tensor>& padding, std::int64_t reference,
-                    bool transposed, double scale, double eps) {
-  const FeatureProduct call{input, projection, other, options_of(padding, reference, scale, eps),
-                            transposed};
-  check(call);
-  const at::Tensor result = empty_result(call);
-  for_each_slice(call, slices_of(call), [&](const Slice& slice, std::int64_t) {
-    const FeatureProduct part = slice.of(call);
-    const at::Tensor features = std::get<0>(features_of(part));
-    slice.of(result).copy_(transposed ? outer_sums_op().call(features, part.other)
-                                      : at::matmul(features, part.other));
-  });
-  return result;
-}
-
-ThreeGradients backward(const at::Tensor& grad, const at::Tensor& input,
-                        const at::Tensor& projection, const at::Tensor& other,
-                        const std::optional<at::Tensor>& padding, std::int64_t reference,
-                        bool transposed, double scale, double eps, std::array<bool, 3> wanted) {
-  const FeatureProduct call{input, projection, other, options_of(padding, reference, scale, eps),
-                            transposed};
-  check(call);
-  const auto like = [&](int i, const at::Tensor& x) {
-    return wanted[i] ? at::zeros_like(x, at::MemoryFormat::Contiguous)
-                     : at::empty({0}, x.options());
-  };
-  const at::Tensor grad_input = like(0, input), grad_projection = like(1, projection),
-                   grad_other = like(2, other);
-  const at::Tensor scaled = projection * std::sqrt(scale);
-  const std::vector<Slice> slices = slices_of(call);
-  std::vector<at::Tensor> of_projection(slices.size());
-  for_each_slice(call, slices, [&](const Slice& slice, std::int64_t number) {
-    const FeatureProduct part = slice.of(call);
-    const at::Tensor given = slice.of(grad);
-    const auto [features, sums, maximum, constant, index] = features_of(part);
-    if (wanted[2]) {
-      slice.of(grad_other)
-          .copy_(transposed ? at::matmul(features, given) : outer_sums_op().call(features, given));
-    }
-    if (!wanted[0] && !wanted[1]) return;
-    const at::Tensor of_features =
-        transposed ? at::matmul(part.other, given.mT()) : at::matmul(given, part.other.mT());
-    const auto [of_products, norms] =
-        positive_features_backward_op().call(of_features, std::nullopt, std::nullopt, features,
-                                             index, part.options.padding, reference, eps);
-    const bool by_head = projection.dim() == 3;
-    if (wanted[0]) {
-      const at::Tensor weights = by_head ? scaled.narrow(0, slice.head, slice.heads) : scaled;
-      slice.of(grad_input)
-          .copy_(at::matmul(of_products, weights) - part.input * (norms * scale).unsqueeze(-1));
-    }
-    if (wanted[1]) of_projection[number] = outer_sums_op().call(of_products, part.input).sum(0);
-  });
-  for (std::size_t i = 0; wanted[1] && i < slices.size(); ++i) {
-    const at::Tensor sum = of_projection[i] * std::sqrt(scale);
-    if (projection.dim() == 3) {
-      grad_projection.narrow(0, slices[i].head, slices[i].heads).add_(sum);
-    } else {
-      grad_projection.add_(sum.sum(0));
-    }
-  }
-  return {grad_input, grad_projection, grad_other};
-}
-
-at::Tensor products_meta(const at::Tensor& input, const at::Tensor& projection,
-                         const at::Tensor& other, const std::optional<at::Tensor>& padding,
-                         std::int64_t reference, bool transposed, double scale, double eps) {
-  const FeatureProduct call{input, projection, other, options_of(padding, reference, scale, eps),
-                            transposed};
-  check(call);
-  return empty_result(call);
-}
-
-ThreeGradients backward_meta(const at::Tensor&, const at::Tensor& input,
-                             const at::Tensor& projection, const at::Tensor& other,
-                             const std::optional<at::Tensor>&, std::int64_t, bool, double, double,
-                             std::array<bool, 3> wanted) {
-  const auto like = [&](int i, const at::Tensor& x) {
-    return wanted[i] ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
-  };
-  return {like(0, input), like(1, projection), like(2, other)};
-}
-
-}  // namespace
-
 FeatureOutputs features_of(const FeatureProduct& call) {
-  return positive_features_op().call(call.input, call.projection, call.options.padding,
-                                     static_cast<std::int64_t>(call.options.reference),
-                                     call.options.scale, call.options.eps);
+  const FeatureOptions options = call.options();
+  return positive_features_op().call(call.input, call.projection, options.padding,
+                                     static_cast<std::int64_t>(options.reference), options.scale,
+                                     options.eps);
 }
 
 TORCH_LIBRARY_IMPL(sparse_attn, CompositeExplicitAutograd, m) {

@@ -204,11 +204,12 @@ TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
        {"causal_products(Tensor query, Tensor key, Tensor value, bool reverse=False) -> Tensor",
         "outer_sums(Tensor key, Tensor value) -> Tensor",
         "sum_products(Tensor query, Tensor sums) -> Tensor",
-        "feature_products(Tensor input, Tensor projection, Tensor other, Tensor? padding=None, int "
-        "reference=0, bool transposed=False, float scale=1.0, float eps=0.0001) -> Tensor",
+        "feature_products(Tensor input, Tensor projection, Tensor other, Tensor? padding=None, "
+        "bool transposed=False, float scale=1.0, float eps=0.0001) -> (Tensor output, Tensor "
+        "maximum, Tensor index)",
         "feature_products_backward(Tensor grad, Tensor input, Tensor projection, Tensor other, "
-        "Tensor? padding, int reference, bool transposed, float scale, float eps, bool[3] wanted) "
-        "-> (Tensor grad_input, Tensor grad_projection, Tensor grad_other)",
+        "Tensor maximum, Tensor index, Tensor? padding, bool transposed, float scale, float eps, "
+        "bool[3] wanted) -> (Tensor grad_input, Tensor grad_projection, Tensor grad_other)",
         "positive_features(Tensor input, Tensor projection, Tensor? padding=None, int reference=0, "
         "float scale=1.0, float eps=0.0001) -> (Tensor features, Tensor sums, Tensor maximum, "
         "Tensor constant, Tensor index)",

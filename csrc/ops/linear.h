@@ -72,27 +72,40 @@ using PositiveFeaturesBackward = FeatureGradients(const at::Tensor& grad_feature
                                                   std::int64_t reference, double eps);
 c10::TypedOperatorHandle<PositiveFeaturesBackward> positive_features_backward_op();
 
-/// features · other, or featuresᵀ · other, without keeping the features: a few heads at a time.
+/// features · other, relative to each row's maximum, or featuresᵀ · other, relative to the head's,
+/// without keeping the features.
 struct FeatureProduct {
   at::Tensor input, projection, other;
-  FeatureOptions options;
+  std::optional<at::Tensor> padding;
   bool transposed;
+  double scale, eps;
+
+  FeatureOptions options() const {
+    return {padding, transposed ? Reference::kHead : Reference::kRow, scale, eps};
+  }
 };
+void check_feature_product(const FeatureProduct& call);
+at::Tensor empty_feature_product(const FeatureProduct& call);
 /// Calls positive_features.
 FeatureOutputs features_of(const FeatureProduct& call);
 
-using FeatureProducts = at::Tensor(const at::Tensor& input, const at::Tensor& projection,
-                                   const at::Tensor& other,
-                                   const std::optional<at::Tensor>& padding, std::int64_t reference,
-                                   bool transposed, double scale, double eps);
+/// The product; maximum and index, as of FeatureOutputs.
+using ProductOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using FeatureProducts = ProductOutputs(const at::Tensor& input, const at::Tensor& projection,
+                                       const at::Tensor& other,
+                                       const std::optional<at::Tensor>& padding, bool transposed,
+                                       double scale, double eps);
 c10::TypedOperatorHandle<FeatureProducts> feature_products_op();
 
 /// Gradients of input, projection and other; those that `wanted` does not name are empty.
 using ThreeGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using FeatureProductsBackward = ThreeGradients(
-    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& projection,
-    const at::Tensor& other, const std::optional<at::Tensor>& padding, std::int64_t reference,
-    bool transposed, double scale, double eps, std::array<bool, 3> wanted);
+using FeatureProductsBackward = ThreeGradients(const at::Tensor& grad, const at::Tensor& input,
+                                               const at::Tensor& projection,
+                                               const at::Tensor& other, const at::Tensor& maximum,
+                                               const at::Tensor& index,
+                                               const std::optional<at::Tensor>& padding,
+                                               bool transposed, double scale, double eps,
+                                               std::array<bool, 3> wanted);
 c10::TypedOperatorHandle<FeatureProductsBackward> feature_products_backward_op();
 
 }  // namespace sparse_attn

@@ -350,48 +350,53 @@ class FeatureProductsBackwardNode final : public Node {
     input_ = SavedVariable(call.input, false);
     projection_ = SavedVariable(call.projection, false);
     other_ = SavedVariable(call.other, false);
-    if (call.options.padding) padding_ = SavedVariable(*call.options.padding, false);
-    options_ = call.options;
-    options_.padding.reset();
+    if (call.padding) padding_ = SavedVariable(*call.padding, false);
     transposed_ = call.transposed;
+    scale_ = call.scale;
+    eps_ = call.eps;
+  }
+  void save_results(const at::Tensor& maximum, const at::Tensor& index) {
+    maximum_ = SavedVariable(maximum, false);
+    index_ = SavedVariable(index, false);
   }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!grads[0].defined()) return variable_list(3);
-    FeatureProduct call{input_.unpack(), projection_.unpack(), other_.unpack(), options_,
-                        transposed_};
+    FeatureProduct call{input_.unpack(),
+                        projection_.unpack(),
+                        other_.unpack(),
+                        std::nullopt,
+                        transposed_,
+                        scale_,
+                        eps_};
     const at::Tensor padding = padding_.unpack();
-    if (padding.defined()) call.options.padding = padding;
+    if (padding.defined()) call.padding = padding;
     const std::array<bool, 3> wanted{task_should_compute_output(0), task_should_compute_output(1),
                                      task_should_compute_output(2)};
-    if (at::GradMode::is_enabled()) return differentiable(call, grads[0], wanted);
+    if (at::GradMode::is_enabled()) return differentiable(call, index_.unpack(), grads[0], wanted);
     const auto [input, projection, other] = feature_products_backward_op().call(
-        grads[0], call.input, call.projection, call.other, call.options.padding,
-        static_cast<std::int64_t>(options_.reference), transposed_, options_.scale, options_.eps,
-        wanted);
+        grads[0], call.input, call.projection, call.other, maximum_.unpack(), index_.unpack(),
+        call.padding, transposed_, scale_, eps_, wanted);
     return {wanted[0] ? input : at::Tensor(), wanted[1] ? projection : at::Tensor(),
             wanted[2] ? other : at::Tensor()};
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&input_, &projection_, &other_, &padding_}) saved->reset_data();
+    for (SavedVariable* saved : {&input_, &projection_, &other_, &padding_, &maximum_, &index_})
+      saved->reset_data();
   }
 
  private:
   /// With the features kept.
-  static variable_list differentiable(const FeatureProduct& product, const at::Tensor& grad,
-                                      std::array<bool, 3> wanted) {
-    FeatureCall call{product.input, product.projection, {}, {}, {}, product.options};
-    {
-      const at::NoGradGuard no_grad;
-      call.index = std::get<4>(features_of(product));
-    }
+  static variable_list differentiable(const FeatureProduct& product, const at::Tensor& index,
+                                      const at::Tensor& grad, std::array<bool, 3> wanted) {
+    const FeatureCall call{product.input, product.projection, {}, {}, index, product.options()};
     const at::Tensor x = call.exponentials();
-    at::Tensor features = x + call.options.eps * feature_factor(call.projection.sym_size(-2));
-    if (call.options.padding)
-      features = features.masked_fill(call.options.padding->unsqueeze(1).unsqueeze(-1), 0);
+    at::Tensor features = x + product.eps * feature_factor(call.projection.sym_size(-2));
+    if (product.padding)
+      features = features.masked_fill(product.padding->unsqueeze(1).unsqueeze(-1), 0);
     variable_list gradients(3);
     if (wanted[2]) {
       gradients[2] = product.transposed ? sum_products(features, grad) : outer_sums(features, grad);
@@ -405,23 +410,20 @@ class FeatureProductsBackwardNode final : public Node {
     return gradients;
   }
 
-  SavedVariable input_, projection_, other_, padding_;
-  FeatureOptions options_{};
+  SavedVariable input_, projection_, other_, padding_, maximum_, index_;
   bool transposed_ = false;
+  double scale_ = 1.0, eps_ = 0.0;
 };
 
-at::Tensor feature_products_autograd(c10::DispatchKeySet keys, const at::Tensor& input,
-                                     const at::Tensor& projection, const at::Tensor& other,
-                                     const std::optional<at::Tensor>& padding,
-                                     std::int64_t reference, bool transposed, double scale,
-                                     double eps) {
-  const FeatureProduct call{input,
-                            projection,
-                            other,
-                            {padding, static_cast<Reference>(reference), scale, eps},
-                            transposed};
-  if (isFwGradDefined(input) || isFwGradDefined(projection) || isFwGradDefined(other))
-    return multiply(call, std::get<0>(features_of(call)));
+ProductOutputs feature_products_autograd(c10::DispatchKeySet keys, const at::Tensor& input,
+                                         const at::Tensor& projection, const at::Tensor& other,
+                                         const std::optional<at::Tensor>& padding, bool transposed,
+                                         double scale, double eps) {
+  const FeatureProduct call{input, projection, other, padding, transposed, scale, eps};
+  if (isFwGradDefined(input) || isFwGradDefined(projection) || isFwGradDefined(other)) {
+    const FeatureOutputs made = features_of(call);
+    return {multiply(call, std::get<0>(made)), std::get<2>(made), std::get<4>(made)};
+  }
   FeatureProductsBackwardNode* node = nullptr;
   NodePtr owner;
   if (torch::autograd::compute_requires_grad(input, projection, other)) {
@@ -429,13 +431,16 @@ at::Tensor feature_products_autograd(c10::DispatchKeySet keys, const at::Tensor&
         torch::autograd::collect_next_edges(input, projection, other));
     node->save(call);
   }
-  const at::Tensor result = [&] {
+  const ProductOutputs outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return feature_products_op().redispatch(keys & c10::after_autograd_keyset, input, projection,
-                                            other, padding, reference, transposed, scale, eps);
+                                            other, padding, transposed, scale, eps);
   }();
-  if (node) torch::autograd::set_history(result, owner);
-  return result;
+  if (node) {
+    node->save_results(std::get<1>(outputs), std::get<2>(outputs));
+    torch::autograd::set_history(std::get<0>(outputs), owner);
+  }
+  return outputs;
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "cpu/kernels.h"
 #include "ops/linear.h"
 #include "ops/tensors.h"
@@ -29,8 +31,9 @@ ProductParams params_of(const at::Tensor& key, const at::Tensor& value, const at
 }
 
 /// Runs a kernel in the workspace that it asks for.
-void run(ProductParams& params, std::int64_t (*size)(const ProductParams&, int),
-         void (*kernel)(const ProductParams&, const Parallel&)) {
+template <class Params>
+void run(Params& params, std::int64_t (*size)(const Params&, int),
+         void (*kernel)(const Params&, const Parallel&)) {
   const Parallel parallel = torch_threads();
   const at::Tensor workspace = at::empty({size(params, parallel.threads)}, at::kByte);
   params.workspace = workspace.mutable_data_ptr();
@@ -138,6 +141,101 @@ FeatureGradients features_backward_cpu(const at::Tensor& grad_features,
   return {products, norms};
 }
 
+/// What both directions share: `call` has tensors with a unit stride, the projection is contiguous.
+FeatureProductParams params_of(const FeatureProduct& call, const at::Tensor& padding,
+                               const at::Tensor& maximum, const at::Tensor& index) {
+  FeatureProductParams params;
+  params.dtype = data_type(call.input.scalar_type());
+  params.transposed = call.transposed;
+  params.batch = call.input.size(0);
+  params.heads = call.input.size(1);
+  params.n = call.input.size(2);
+  params.count = call.projection.size(-2);
+  params.head_dim = call.input.size(3);
+  params.value_dim = call.other.size(3);
+  params.scale = call.scale;
+  params.factor = feature_factor(params.count);
+  params.eps = call.eps;
+  params.input = const_view(call.input);
+  params.projection = call.projection.const_data_ptr();
+  if (call.projection.dim() == 3) params.projection_stride = params.count * params.head_dim;
+  if (padding.defined()) {
+    params.padding = static_cast<const std::uint8_t*>(padding.const_data_ptr());
+  }
+  params.maximum = maximum.mutable_data_ptr();
+  params.index = index.mutable_data_ptr<std::int64_t>();
+  return params;
+}
+
+void run(FeatureProductParams& params) {
+  const cpu::LinearKernels& kernels = kernels_of(params.dtype);
+  run(params, kernels.feature_products_workspace, kernels.feature_products);
+}
+
+ProductOutputs feature_products_cpu(const at::Tensor& input, const at::Tensor& projection,
+                                    const at::Tensor& other,
+                                    const std::optional<at::Tensor>& padding, bool transposed,
+                                    double scale, double eps) {
+  FeatureProduct call{input, projection, other, padding, transposed, scale, eps};
+  check_feature_product(call);
+  const at::Tensor output = empty_feature_product(call), ignored = contiguous(padding),
+                   maximum = at::empty(input.sizes().slice(0, 3), input.options()),
+                   index = at::empty_like(maximum, maximum.options().dtype(at::kLong));
+  if (maximum.numel() == 0) return {output.zero_(), maximum, index};
+  call.input = with_unit_stride(input);
+  call.projection = projection.contiguous();
+  call.other = transposed ? with_unit_stride(other) : other.contiguous();
+  FeatureProductParams params = params_of(call, ignored, maximum, index);
+  if (transposed) {
+    params.values = const_view(call.other);
+    params.to_sums = output.mutable_data_ptr();
+  } else {
+    params.sums = call.other.const_data_ptr();
+    params.to_values = output.mutable_data_ptr();
+  }
+  run(params);
+  return {output, maximum, index};
+}
+
+ThreeGradients feature_products_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
+                                             const at::Tensor& projection, const at::Tensor& other,
+                                             const at::Tensor& maximum, const at::Tensor& index,
+                                             const std::optional<at::Tensor>& padding,
+                                             bool transposed, double scale, double eps,
+                                             std::array<bool, 3> wanted) {
+  FeatureProduct call{input, projection, other, padding, transposed, scale, eps};
+  check_feature_product(call);
+  const auto sizes_if = [&](bool is_wanted, at::IntArrayRef sizes) {
+    return at::empty(is_wanted ? sizes : at::IntArrayRef{0}, input.options());
+  };
+  const std::vector<std::int64_t> by_head{input.size(0), input.size(1), projection.size(-2),
+                                          input.size(3)};
+  const at::Tensor grad_input = sizes_if(wanted[0], input.sizes()),
+                   of_projection = sizes_if(wanted[1], by_head),
+                   grad_other = sizes_if(wanted[2], other.sizes()), ignored = contiguous(padding),
+                   maxima = maximum.contiguous(), places = index.contiguous();
+  if (maximum.numel() == 0) {
+    of_projection.zero_();
+    grad_other.zero_();
+  } else {
+    call.input = with_unit_stride(input);
+    call.projection = projection.contiguous();
+    const at::Tensor values = with_unit_stride(transposed ? other : grad),
+                     sums = (transposed ? grad : other).contiguous();
+    FeatureProductParams params = params_of(call, ignored, maxima, places);
+    params.backward = true;
+    params.values = const_view(values);
+    params.sums = sums.const_data_ptr();
+    if (wanted[0]) params.grad_input = grad_input.mutable_data_ptr();
+    if (wanted[1]) params.grad_projection = of_projection.mutable_data_ptr();
+    if (wanted[2]) (transposed ? params.to_values : params.to_sums) = grad_other.mutable_data_ptr();
+    run(params);
+  }
+  if (!wanted[1]) return {grad_input, of_projection, grad_other};
+  const at::Tensor grad_projection = of_projection.sum(0);
+  return {grad_input, projection.dim() == 2 ? grad_projection.sum(0) : grad_projection, grad_other};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
@@ -145,6 +243,8 @@ TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("outer_sums", TORCH_FN(sums_cpu));
   m.impl("positive_features", TORCH_FN(features_cpu));
   m.impl("positive_features_backward", TORCH_FN(features_backward_cpu));
+  m.impl("feature_products", TORCH_FN(feature_products_cpu));
+  m.impl("feature_products_backward", TORCH_FN(feature_products_backward_cpu));
 }
 
 }  // namespace sparse_attn

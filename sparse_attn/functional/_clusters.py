@@ -44,9 +44,10 @@ class Clusters:
         most.scatter_reduce_(1, tokens, lse.detach().flatten(1), "amax")
         nothing = most == -math.inf
         most = most.masked_fill(nothing, 0)
-        weight = (lse - most.gather(1, tokens).view(lse.shape)).exp()[..., None]
-        total = self.gather.add(weight).masked_fill(nothing[..., None], 1)
-        joined = self.gather.add(output * weight) / total
+        share = (lse - most.gather(1, tokens).view(lse.shape)).exp()[..., None]
+        total = self.gather.add(share).masked_fill(nothing[..., None], 1)
+        # Shares are few numbers, outputs many: a division of these has three passes over them.
+        joined = self.gather.add(output * (share / self.gather(total)))
         return joined.to(output.dtype), (most + total[..., 0].log()).masked_fill(nothing, -math.inf)
 
 

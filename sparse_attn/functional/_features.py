@@ -23,7 +23,7 @@ from sparse_attn.functional._common import (
 FeatureMap = Callable[[Tensor], Tensor]
 
 #: What features of the softmax kernel are relative to: see the op positive_features.
-ROW, HEAD, RUNNING = range(3)
+ROW, RUNNING = 0, 2
 
 #: Added to features, by kernel.
 KERNEL_EPS = {"softmax": 1e-4, "relu": 1e-3}
@@ -127,8 +127,9 @@ def causal_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def normalise(sums: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """The sums of values divided by the last column, that of the weights, and eps; 0 without
     keys."""
-    weight = sums[..., -1:] + eps if eps else sums[..., -1:]
-    return (sums[..., :-1] / weight.masked_fill(weight == 0, 1)).to(dtype)
+    values, weight = sums.split([sums.shape[-1] - 1, 1], -1)
+    weight = weight + eps if eps else weight
+    return (values / weight.masked_fill(weight == 0, 1)).to(dtype)
 
 
 def check_eps(eps: float) -> float:

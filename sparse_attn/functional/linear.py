@@ -16,7 +16,6 @@ from sparse_attn.functional._common import (
     without_autocast,
 )
 from sparse_attn.functional._features import (
-    HEAD,
     KERNEL_EPS,
     ROW,
     RUNNING,
@@ -200,8 +199,8 @@ def _softmax(
     inputs: Inputs, projection: Tensor, scale: float, eps: float, padding: Tensor | None
 ) -> Tensor:
     options = scale, eps
-    sums = ops.feature_products(inputs.key, projection, inputs.value, padding, HEAD, True, *options)
-    rows = ops.feature_products(inputs.query, projection, sums, None, ROW, False, *options)
+    sums, *_ = ops.feature_products(inputs.key, projection, inputs.value, padding, True, *options)
+    rows, *_ = ops.feature_products(inputs.query, projection, sums, None, False, *options)
     return normalise(rows, 0.0, inputs.dtype)
 
 
