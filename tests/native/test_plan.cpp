@@ -554,7 +554,10 @@ void test_cache() {
   CHECK_THROWS(plan_of(global_keys({0, 11}), sizes, nullptr), std::invalid_argument);
   CHECK_EQUAL(plan_cache_size(), 4);
 
+  CHECK(!kept_schedule(window(1, 1), sizes, Direction::kForward, 8));
   const auto schedule = schedule_of(window(1, 1), sizes, nullptr, Direction::kForward, 8);
+  CHECK(kept_schedule(window(1, 1), sizes, Direction::kForward, 8) == schedule);
+  CHECK(!kept_schedule(window(1, 1), sizes, Direction::kForward, 9));
   CHECK(&schedule->plan() == plan.get());
   CHECK(schedule_of(window(1, 1), sizes, nullptr, Direction::kForward, 8) == schedule);
   CHECK(schedule_of(window(1, 1), sizes, nullptr, Direction::kBackward, 8) != schedule);
