@@ -96,9 +96,9 @@ SPARSE_ATTN_INLINE void last_ragged_rows(const Array<VisibleRows>& parts, int m_
   }
 }
 
-/// All rows for the whole block of columns at vector n0: it goes through the keys once, each part of
-/// them with the vectors that see it. The triangle at the edge of a window takes 63 to 72 % of the
-/// time of a whole tile.
+/// All rows for the whole block of columns at vector n0: it goes through the keys once, each part
+/// of them with the vectors that see it. The triangle at the edge of a window takes 63 to 72 % of
+/// the time of a whole tile.
 template <class T, class Finish>
 __attribute__((noinline)) void ragged_columns(const Array<VisibleRows>& parts, int m_size, int n0,
                                               Operand<T, false> a, const T* b, Finish finish) {
