@@ -25,13 +25,13 @@ say "Objects of the instruction sets"
 # NEON kernels under qemu.
 turn=$((0x$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)))
 if [ "${SPARSE_ATTN_FULL:-}" = 1 ]; then
-  sizes='32;64;96;128;192;256' nvcc_sizes=$sizes isa='x86_64_v4;x86_64_v3;x86_64_v2' architectures='80-real;90a-real'
+  sizes='32;64;96;128;192;256' nvcc_sizes=$sizes isa='x86_64_amx;x86_64_v4;x86_64_v3;x86_64_v2' architectures='80-real;90a-real'
   slow_checks='races nvcc aarch64'
 else
   sizes='128;256'
   choices=('64;256' '128') && nvcc_sizes=${choices[turn % 2]}
   choices=(80-real 90a-real) && architectures=${choices[turn / 2 % 2]}
-  choices=(x86_64_v2 x86_64_v4) && isa=${choices[turn / 4 % 2]}
+  choices=(x86_64_v2 'x86_64_amx;x86_64_v4') && isa=${choices[turn / 4 % 2]}
   grep -qs avx512f /proc/cpuinfo || isa=x86_64_v2
   choices=(races nvcc aarch64) && slow_checks=${choices[turn / 8 % 3]}
 fi
