@@ -26,7 +26,7 @@ from workload import CASES, dense_reference, find_case, make_inputs  # noqa: E40
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("length", [300, 576, 1024])
@@ -229,21 +229,23 @@ def test_comparison_refuses_what_it_cannot_read_or_match(tmp_path):
 def test_what_a_short_run_writes(tmp_path):
     out = tmp_path / "found.json"
     peers = (OURS, "sdpa_mask", "local_attention", "chunk_loop_tuned")
-    options = ["--lengths", 256, 512, 1024, "--dtypes", "float32", "bfloat16", "--heads", 1]
+    options = ["--lengths", 256, 512, 1024, "--dtypes", "bfloat16", "--heads", 1]
     options += ["--threads", 1, "--rounds", 1, "--seconds", 0.001, "--out", out]
     done = run("cpu_attention.py", "--cases", "window64", "bigbird64", *options, "--peers", *peers)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     problems = by_problem(found["results"])
-    assert len(problems) == 2 * 3 * 2
-    for (case, length, *_, dtype, _), entries in problems.items():
+    assert len(problems) == 2 * 3
+    for (case, length, *_), entries in problems.items():
         assert set(entries) == set(peers)
         for direction in DIRECTIONS:
             ours = entries[OURS][direction]
             assert ours["pairs"] == find_case(case).at(length).pairs()
             assert 0 < ours["min_ms"] <= ours["median_ms"] <= ours["max_ms"]
             assert ours["share_of_limit"] == pytest.approx(ours["limit_ms"] / ours["median_ms"])
-            assert ours["max_error"] < (2e-5 if dtype == "float32" else 6e-2)
+            # The better of both product rates is the limit of half types.
+            assert ours["share_of_float32_limit"] >= ours["share_of_limit"]
+            assert 1e-5 < ours["max_error"] < 6e-2
             other = entries["sdpa_mask"][direction]
             assert other["times_ours"] == pytest.approx(other["median_ms"] / ours["median_ms"])
     assert {entry["case"] for entry in found["growth"]} == {"window64", "bigbird64"}
