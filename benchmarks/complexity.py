@@ -46,8 +46,8 @@ PARTS = ("exponents", "reaches", "million")
 
 def lengths(method: Method, least: float, seed: int) -> list[int]:
     """The lengths that a method is timed at."""
-    n = FIRST
-    while 2 * n <= method.longest:
+    n, span = FIRST, GROWTH ** (1 / method.time)
+    while 2 * n * span <= method.longest:
         run = task(
             method, method.length(n), inputs(method.leaves, 1, method.length(n), seed), False
         )
@@ -55,8 +55,8 @@ def lengths(method: Method, least: float, seed: int) -> list[int]:
         if once(run) >= least:
             break
         n *= 2
-    factor = GROWTH ** (1 / method.time / (POINTS - 1))
-    return list(dict.fromkeys(method.length(n * factor**i) for i in range(POINTS)))
+    steps = [span ** (i / (POINTS - 1)) for i in range(POINTS)]
+    return list(dict.fromkeys(method.length(n * step) for step in steps))
 
 
 class Sequences:
