@@ -2,8 +2,8 @@
 
 Every method is timed at four lengths, forward and forward + backward, all methods interleaved. The
 shortest is the first power of two at which a forward pass takes 20 ms, so that fixed costs do not
-bend the fit; over all four time should grow 16-fold, whatever the exponent: by 2.5 from length to
-length for a window, by 1.6 for dense attention. The exponent is the slope of log time over log
+bend the fit; over all four time should grow 8-fold, whatever the exponent: by 2 from length to
+length for a window, by 1.4 for dense attention. The exponent is the slope of log time over log
 length by least squares. Beside it stands that of the number of pairs from `pattern.cost(n)`, which
 is what time would follow if nothing else took any.
 
@@ -35,7 +35,7 @@ from record import DIRECTIONS, TITLES
 from timing import Samples, interleave, once
 from tqdm import tqdm
 
-POINTS, GROWTH = 4, 16.0  # lengths, and the times of the last one over those of the first
+POINTS, GROWTH = 4, 8.0  # lengths, and the times of the last one over those of the first
 FIRST = 1024
 LONGER = 4.0  # the times of the lengths at which memory is measured
 LEAST_PEAK, LEAST_POINTS = 2**24, 3  # bytes, and lengths, that a fit of memory needs
@@ -46,8 +46,8 @@ PARTS = ("exponents", "reaches", "million")
 
 def lengths(method: Method, least: float, seed: int) -> list[int]:
     """The lengths that a method is timed at."""
-    n = FIRST
-    while 2 * n <= method.longest:
+    n, span = FIRST, GROWTH ** (1 / method.time)
+    while 2 * n * span <= method.longest:
         run = task(
             method, method.length(n), inputs(method.leaves, 1, method.length(n), seed), False
         )
@@ -55,8 +55,8 @@ def lengths(method: Method, least: float, seed: int) -> list[int]:
         if once(run) >= least:
             break
         n *= 2
-    factor = GROWTH ** (1 / method.time / (POINTS - 1))
-    return list(dict.fromkeys(method.length(n * factor**i) for i in range(POINTS)))
+    steps = [span ** (i / (POINTS - 1)) for i in range(POINTS)]
+    return list(dict.fromkeys(method.length(n * step) for step in steps))
 
 
 class Sequences:
