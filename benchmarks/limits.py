@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,13 @@ EXPS_PER_TASK = 2**22
 EXP_SIZES = tuple(2**p for p in range(13, 18))
 COPY_BYTES = 2**28
 
+Name = tuple[str, str, int]  # kind, data type or size, threads
+
 
 @dataclass(frozen=True)
 class Probe:
     """A task and the work in one call of it."""
 
-    kind: str
     work: float
     task: Callable[[], object]
 
@@ -27,46 +28,39 @@ class Probe:
 def _gemm(dtype: torch.dtype) -> Probe:
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return Probe("gemm", 2.0 * GEMM_SIZE**3, lambda: torch.mm(a, b, out=out))
+    return Probe(2.0 * GEMM_SIZE**3, lambda: torch.mm(a, b, out=out))
 
 
-def _exp(dtype: torch.dtype, size: int) -> Probe:
-    """One thread's rate times the threads.
-
-    At sizes that stay in cache a call takes microseconds, and on a busy machine waiting for the
-    other threads at the end of each call was measured to take 99 % of the time.
-    """
-    threads = torch.get_num_threads()
-    x = -torch.rand(size, dtype=dtype)
+def _exp(size: int) -> Probe:
+    x = -torch.rand(size)
     out = torch.empty_like(x)
     repeats = EXPS_PER_TASK // size
 
     def task() -> None:
-        torch.set_num_threads(1)
-        try:
-            for _ in range(repeats):
-                torch.exp(x, out=out)
-        finally:
-            torch.set_num_threads(threads)
+        for _ in range(repeats):
+            torch.exp(x, out=out)
 
-    return Probe("exp", float(size * repeats * threads), task)
+    return Probe(float(size * repeats), task)
 
 
 def _copy() -> Probe:
     source = torch.ones(COPY_BYTES // 4)
     target = torch.zeros_like(source)
-    return Probe("copy", 2.0 * COPY_BYTES, lambda: target.copy_(source))
+    return Probe(2.0 * COPY_BYTES, lambda: target.copy_(source))
 
 
-def probes(dtype: torch.dtype) -> dict[str, Probe]:
-    """The tasks whose rates are the limits, by name.
+def probes(dtypes: Iterable[str], threads: Iterable[int]) -> dict[Name, Probe]:
+    """The tasks whose rates are the limits, by kind, data type or size, and threads.
 
-    Half types accumulate in float32 and may be widened to it: the better product rate counts.
+    Exponentials are counted by one thread: at sizes that stay in cache a call takes microseconds,
+    and on a busy machine waiting for the other threads at the end of each call was measured to
+    take 99 % of the time.
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    found = {f"gemm {kind}": _gemm(kind) for kind in {dtype: 0, wide: 0}}
-    found |= {f"exp {size}": _exp(wide, size) for size in EXP_SIZES}
-    return found | {"copy": _copy()}
+    threads = list(threads)
+    gemms = {dtype: _gemm(getattr(torch, dtype)) for dtype in dict.fromkeys(("float32", *dtypes))}
+    found = {("gemm", dtype, n): probe for dtype, probe in gemms.items() for n in threads}
+    found |= {("exp", str(size), 1): _exp(size) for size in EXP_SIZES}
+    return found | {("copy", "float32", max(threads)): _copy()}
 
 
 @dataclass(frozen=True)
@@ -78,12 +72,15 @@ class Limits:
     copy: float
 
     @classmethod
-    def from_samples(cls, found: Mapping[str, Probe], times: Mapping[str, Samples]) -> Limits:
-        """The best median rate of each kind."""
-        best: dict[str, float] = {}
-        for name, probe in found.items():
-            best[probe.kind] = max(best.get(probe.kind, 0.0), probe.work / times[name].median)
-        return cls(**best)
+    def of(cls, rates: Mapping[Name, float], dtype: str, threads: int) -> Limits:
+        """The limits for a data type and a number of threads.
+
+        Half types accumulate in float32 and may be widened to it: the better product rate counts.
+        """
+        gemm = max(rates["gemm", kind, threads] for kind in {dtype, "float32"})
+        exp = threads * max(rate for (kind, *_), rate in rates.items() if kind == "exp")
+        copy = max(rate for (kind, *_), rate in rates.items() if kind == "copy")
+        return cls(gemm, exp, copy)
 
     def seconds(self, pairs: int, head_dim: int, backward: bool) -> float:
         """The least time for `pairs` over all heads: products, then exponentials.
@@ -93,3 +90,8 @@ class Limits:
         """
         flops, exps = (14, 2) if backward else (4, 1)
         return flops * pairs * head_dim / self.gemm + exps * pairs / self.exp
+
+
+def rates(found: Mapping[Name, Probe], times: Mapping[Name, Samples]) -> dict[Name, float]:
+    """The median rate of each probe."""
+    return {name: probe.work / times[name].median for name, probe in found.items()}

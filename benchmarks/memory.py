@@ -1,6 +1,9 @@
-"""Extra peak memory of one forward and backward, in a process of its own.
+"""Peak memory of attention beyond its inputs, for each peer in a process of its own.
 
-Prints JSON. Extra is what the process needs at its peak beyond inputs, output and gradients.
+    python benchmarks/memory.py --peer sparse_attn --cases window256 window256_n16384
+
+Prints JSON: the rise to the peak of a forward in inference mode and of a forward and backward, with
+the output and the gradients, and what of it is neither (extra).
 """
 
 from __future__ import annotations
@@ -11,11 +14,17 @@ import json
 import resource
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peers import PEERS, Setup, make_task
-from workload import HEADS, find_case, make_inputs
+from measure import use_threads
+from peers import PEERS, Setup, Unsupported, make_task
+from record import DIRECTIONS, OURS
+from suites import Problem
+from tqdm import tqdm
+from workload import find_case, make_inputs
 
 
 def _status(field: str) -> int:
@@ -47,54 +56,75 @@ class PeakMemory:
         return (_status("VmHWM") if self.method == "VmHWM" else self._largest()) - self._start
 
 
-def measure(peer_name: str, case_name: str, dtype: torch.dtype, seed: int) -> dict:
-    """The extra peak memory of one forward and backward of a peer."""
-    peer, case = PEERS[peer_name], find_case(case_name)
-    small = case.at(2048)
-    task, _ = make_task(peer, Setup(small, make_inputs(small.length, HEADS, dtype, seed), True))
-    task()  # loads libraries and starts threads
-    inputs = make_inputs(case.length, HEADS, dtype, seed)
-    task, note = make_task(peer, Setup(case, inputs, True))
+def measure(peer_name: str, problem: Problem, direction: str, seed: int) -> dict:
+    """The rise of the memory in one call."""
+    peer, backward = PEERS[peer_name], direction == DIRECTIONS[1]
+
+    def task_at(length: int):
+        sizes = (length, problem.heads, problem.torch_dtype, seed, problem.head_dim)
+        return make_task(peer, Setup(problem.case.at(length), make_inputs(*sizes), backward))[0]
+
+    if not peer.compiles:
+        task_at(2048)()  # loads libraries and starts threads
+    task = task_at(problem.case.length)
+    if peer.compiles:
+        task()
     peak = PeakMemory()
     results = task()
     rise = peak.rise()
-    size = inputs[0].nbytes
-    produced = sum(x.nbytes for x in results)
-    needed = 3 * size + produced
-    extra = rise - produced
-    return {
-        "peer": peer_name,
-        "case": case.name,
-        "extra_bytes": extra,
-        "needed_bytes": needed,
-        "extra_percent": 100 * extra / needed,
-        "method": peak.method,
-        "note": note,
-    }
+    return {"peak_mib": rise / 2**20, "extra_mib": (rise - sum(x.nbytes for x in results)) / 2**20}
 
 
-def measure_apart(peer: str, case: str, dtype: str, threads: int, seed: int) -> dict:
-    """`measure` in a fresh process."""
-    options = {"peer": peer, "case": case, "dtype": dtype, "threads": threads, "seed": seed}
-    words = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, str(Path(__file__).resolve()), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return {"peer": peer, "case": case, "error": reason[0]}
-    return json.loads(done.stdout.splitlines()[-1])
+def measure_all(peer: str, problems: Iterable[Problem], seed: int) -> list[dict]:
+    """A record for each problem and direction that the peer has."""
+    found = []
+    for problem in problems:
+        for direction in DIRECTIONS:
+            use_threads(problem.threads)
+            row = problem.fields() | {"peer": peer, "direction": direction}
+            try:
+                found.append(row | measure(peer, problem, direction, seed))
+            except (Unsupported, ImportError):
+                continue
+    return found
+
+
+def measure_apart(peer: str, problems: Iterable[Problem], seed: int) -> list[dict]:
+    """`measure_all` in fresh processes: one for each set of options."""
+    groups = defaultdict(list)
+    for problem in problems:
+        options = {key: getattr(problem, key) for key in ("dtype", "head_dim", "heads", "threads")}
+        groups[tuple(options.items())].append(problem.case.name)
+    found = []
+    for options, cases in groups.items():
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in options]
+        command = [sys.executable, __file__, f"--peer={peer}", f"--seed={seed}", *words]
+        done = subprocess.run([*command, "--cases", *cases], capture_output=True, text=True)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            if peer == OURS:
+                raise RuntimeError(f"memory: {reason[0]}")
+            tqdm.write(f"no memory of {peer}: {reason[0]}")
+            continue
+        found += json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", choices=PEERS, default="sparse_attn")
-    parser.add_argument("--case", default="window256_n65536")
+    parser.add_argument("--cases", nargs="+", default=["window256_n65536"])
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(json.dumps(measure(args.peer, args.case, getattr(torch, args.dtype), args.seed)))
+    options = (args.dtype, args.head_dim, args.heads, args.threads)
+    problems = [Problem(find_case(name), *options) for name in args.cases]
+    print(json.dumps(measure_all(args.peer, problems, args.seed)))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
-"""What a run of the benchmark writes: JSON, a table in plain text and a chart."""
+"""What a run of `cpu_attention.py` writes: JSON, a table in plain text and charts.
+
+python benchmarks/report.py FILE.json             # the table again
+python benchmarks/report.py FILE.json --readme    # the tables of the README, as Markdown
+python benchmarks/report.py FILE.json --charts    # draws the charts again
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import charts
 import torch
-
-DIRECTIONS = ("forward", "forward_backward")
-TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
+from record import DIRECTIONS, LOOPS, OURS, TITLES, by_problem, name_of
 
 
 def _cpu_name() -> str:
@@ -56,122 +63,190 @@ def environment() -> dict:
     }
 
 
-def _cell(direction: dict | None) -> str:
-    if direction is None:
-        return f"{'':>30}"
-    if "median_ms" not in direction:
-        return f"{direction['status'].split(':')[0][:28]:>30}"
-    median, low = direction["median_ms"], direction["min_ms"]
-    share, ratio = 100 * direction["share_of_limit"], direction.get("times_ours")
-    times = f"{ratio:6.2f}x" if ratio else " " * 7
-    return f"{median:9.1f} {low:8.1f} {share:3.0f}% {times}"
+def _cell(row: dict) -> str:
+    if "median_ms" not in row:
+        return f"{row['status'].split(':')[0][:46]:>46}"
+    times = f"{row['times_ours']:6.2f}x" if "times_ours" in row else " " * 7
+    peak = f"{row['peak_mib']:7.0f}" if "peak_mib" in row else " " * 7
+    shares = f"{100 * row['share_of_limit']:5.0f}%{100 * row['share_of_float32_limit']:5.0f}%"
+    return f"{row['median_ms']:9.1f}{row['min_ms']:9.1f}{shares} {times} {peak}"
 
 
-def table(report: dict) -> str:
-    """The results as text."""
-    limits, env, run = report["limits"], report["environment"], report["settings"]
-    lines = [
-        f"{env['cpu']}, {env['threads']} threads, torch {env['versions']['torch']}, "
-        f"{run['dtype']}, commit {env['commit']}, {env['date']}",
-        f"limits: matrix products {limits['gemm'] / 1e9:.0f} GFLOP/s, exp in cache "
-        f"{limits['exp'] / 1e9:.1f} G/s, copy {limits['copy'] / 1e9:.1f} GB/s",
-        "median and least milliseconds, share of the limit, time as a multiple of ours",
-    ]
-    head = "".join(f"{TITLES[direction]:>32}" for direction in DIRECTIONS)
-    for case, entry in report["cases"].items():
-        lines += ["", f"{case:<26}{head}   ({entry['pairs']} pairs a head)"]
-        for peer, found in entry["peers"].items():
-            cells = "".join(f"  {_cell(found.get(direction))}" for direction in DIRECTIONS)
-            lines.append(f"  {peer:<24}{cells}")
-        cells = "".join(f"  {1e3 * entry['limit'][d]:9.1f}{'':21}" for d in DIRECTIONS)
-        lines.append(f"  {'limit':<24}{cells}".rstrip())
-    if report["ratios"]:
-        lines += ["", "cost of dilation and of global tokens (time of the first / of the second)"]
-    for name, peers in report["ratios"].items():
-        for peer, found in peers.items():
-            cells = "".join(f"{TITLES[d]} {found[d]:.2f}  " for d in DIRECTIONS if d in found)
-            lines.append(f"  {name:<36} {peer:<18} {cells}".rstrip())
-    return "\n".join(lines + _memory_lines(report.get("memory", [])) + _token_lines(report)) + "\n"
-
-
-def _memory_lines(memory: list[dict]) -> list[str]:
-    lines = ["", "extra peak memory, forward + backward"] if memory else []
-    for entry in memory:
-        if "error" in entry:
-            lines.append(f"  {entry['case']:<22}{entry['peer']:<20}{entry['error']}")
+def _problem_lines(peers: dict) -> list[str]:
+    first = next(iter(peers.values()))
+    row = first[DIRECTIONS[0]]
+    heads = f"{row['heads']} heads of {row['head_dim']}, {row['threads']} threads"
+    title = f"{name_of(row)}, {row['dtype']}, {heads}, {row['pairs']} pairs a head"
+    lines = ["", title, " " * 20 + "".join(f"{TITLES[d]:>48}" for d in DIRECTIONS)]
+    without = []
+    for peer, found in peers.items():
+        if all(found[d].get("status", "").startswith("none") for d in DIRECTIONS):
+            without.append(peer)
             continue
+        cells = "".join(f"  {_cell(found[d])}" for d in DIRECTIONS)
+        lines.append(f"  {peer:<18}{cells}".rstrip())
+    if without:
+        lines.append(f"  none: {', '.join(without)}")
+    cells = "".join(f"  {first[d]['limit_ms']:9.1f}{'':37}" for d in DIRECTIONS)
+    return [*lines, f"  {'limit':<18}{cells}".rstrip()]
+
+
+def _limit_line(limit: dict) -> str:
+    return (
+        f"limits, {limit['dtype']}, {limit['threads']} threads: matrix products "
+        f"{limit['gemm'] / 1e9:.0f} GFLOP/s, exp in cache {limit['exp'] / 1e9:.1f} G/s, copy "
+        f"{limit['copy'] / 1e9:.1f} GB/s"
+    )
+
+
+def _label(row: dict) -> str:
+    """Peer, direction and what is not usual of a derived entry."""
+    heads = f"{row['heads']} x {row['head_dim']}"
+    usual = f"{row['dtype']}, {heads}, {row['threads']} threads"
+    return f"{row['peer']:<18}{TITLES[row['direction']]:<20}{usual}"
+
+
+def _derived_lines(report: dict) -> list[str]:
+    lines = []
+    if report["costs"]:
+        lines += ["", "time as a multiple of that of the plain window"]
+    for row in report["costs"]:
+        lines.append(f"  {row['ratio']:5.2f}  {name_of(row) + ' / ' + row['of']:<34}{_label(row)}")
+    if report["speed_up"]:
+        lines += ["", "time on one thread as a multiple of that on several"]
+    for row in report["speed_up"]:
+        lines.append(f"  {row['speed_up']:5.2f}  {name_of(row):<34}{_label(row)}")
+    if report["growth"]:
+        lines += ["", "exponents of the time"]
+    for row in report["growth"]:
+        what = f"{row['case']} in N" if "case" in row else f"windows in w, N {row['length']}"
+        what += f", {row['from']} to {row['to']}"
+        lines.append(f"  {row['exponent']:5.2f}  {what:<34}{_label(row)}")
+    return lines
+
+
+def _wanted(found: dict) -> str:
+    sign = "≤" if found["at_most"] else "≥"
+    return f"{sign} {found['wanted']:g} {found['unit']}"
+
+
+def _measured(found: dict) -> str:
+    digits = 1 if found["unit"] == "%" else 2
+    return f"{found['measured']:.{digits}f} {found['unit']}"
+
+
+def _target_lines(report: dict) -> list[str]:
+    lines = ["", "targets"] if report["targets"] else []
+    for found in report["targets"]:
         lines.append(
-            f"  {entry['case']:<22}{entry['peer']:<20}{entry['extra_bytes'] / 2**20:9.1f} MiB, "
-            f"{entry['extra_percent']:.1f}% of inputs, output and gradients "
-            f"({entry['needed_bytes'] / 2**20:.0f} MiB)"
+            f"  {'reached' if found['reached'] else 'missed':<9}{found['target']:<42}"
+            f"{TITLES[found['direction']]:<20}{_wanted(found):>10}{_measured(found):>10}"
         )
     return lines
 
 
-def _token_lines(report: dict) -> list[str]:
-    found = report["time_per_token"]
-    lines = ["", "time per token of ours, as a multiple of the shortest length"] if found else []
-    for name, ratios in found.items():
-        cells = "  ".join(f"{TITLES[d]} {ratio:.3f}" for d, ratio in ratios.items())
-        lines.append(f"  {name:<36} {cells}")
-    return lines
-
-
-def _chart(report: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cases = report["cases"]
-    peers = list(dict.fromkeys(peer for entry in cases.values() for peer in entry["peers"]))
-    colors = ["#c1272d", *(plt.get_cmap("tab20c")(i) for i in (0, 1, 4, 8, 9, 12, 16, 17, 18))]
-    width = 0.86 / max(1, len(peers))
-    size = (max(8.0, 2.2 + 2.0 * len(cases)), 8.5)
-    figure, panels = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
-    for panel, direction in zip(panels, DIRECTIONS, strict=True):
-        for p, peer in enumerate(peers):
-            for c, entry in enumerate(cases.values()):
-                found = entry["peers"].get(peer, {}).get(direction, {})
-                if "median_ms" not in found:
-                    continue
-                x, median = c + (p - (len(peers) - 1) / 2) * width, found["median_ms"]
-                spread = [[median - found["min_ms"]], [found["max_ms"] - median]]
-                panel.bar(x, median, width, color=colors[p % len(colors)])
-                panel.errorbar(x, median, spread, color="#444444", linewidth=0.7, capsize=1.5)
-                text = f"{median:.0f}" if median >= 10 else f"{median:.1f}"
-                panel.text(x, found["max_ms"] * 1.06, text, ha="center", fontsize=6)
-        for c, entry in enumerate(cases.values()):
-            limit = 1e3 * entry["limit"][direction]
-            panel.hlines(limit, c - 0.45, c + 0.45, color="black", linestyle="--", linewidth=1.2)
-        panel.set_yscale("log")
-        panel.margins(y=0.12)
-        panel.set_ylabel("milliseconds")
-        panel.set_title(TITLES[direction])
-        panel.grid(axis="y", which="major", alpha=0.3)
-        panel.set_axisbelow(True)
-    panels[1].set_xticks(range(len(cases)), cases)
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, color=colors[p % len(colors)]) for p in range(len(peers))
+def table(report: dict) -> str:
+    """The results as text."""
+    env = report["environment"]
+    lines = [
+        f"{env['cpu']}, torch {env['versions']['torch']}, commit {env['commit']}, {env['date']}",
+        *(_limit_line(limit) for limit in report["limits"]),
+        "median and least milliseconds, share of the limit and of that for float32, time as a "
+        "multiple of ours, MiB at the peak beyond the inputs",
     ]
-    handles.append(plt.Line2D([], [], color="black", linestyle="--"))
-    labels = [*peers, "limit: products, then exp"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
-    env, run = report["environment"], report["settings"]
-    figure.suptitle(
-        f"Batch {run['batch']}, {run['heads']} heads of {run['head_dim']}, {run['dtype']}: medians "
-        f"and ranges\n{env['cpu']}, {env['threads']} threads, torch {env['versions']['torch']}",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    for peers in by_problem(report["results"]).values():
+        lines += _problem_lines(peers)
+    return "\n".join([*lines, *_derived_lines(report), *_target_lines(report)]) + "\n"
+
+
+#: Cases and peers of the README, with what they are called there.
+README_CASES = {
+    "window256": "window ±256",
+    "window256_global16": "and 16 global tokens",
+    "dilated4": "every 4th key, 257 keys",
+    "causal256": "causal, 256 back",
+    "bigbird64": "BigBird",
+    "strided": "strided, l = 64",
+}
+README_PEERS = {
+    OURS: "**sparse_attn**",
+    LOOPS[0]: "loop over chunks of queries, stock torch",
+    LOOPS[1]: "the same with its backward written by hand",
+    "chunked_bmm": "all chunks at once, stock torch",
+    "flex_attention": "FlexAttention, compiled",
+    "local_attention": "local-attention",
+    "longformer": "Hugging Face Longformer, attention alone",
+    "bigbird": "Hugging Face BigBird, attention alone",
+    "sdpa_mask": "SDPA with the mask",
+    "sdpa_dense": "SDPA, dense",
+}
+
+
+def _both(found: dict | None, text: Callable[[dict], str]) -> str:
+    """Forward and forward + backward in one cell."""
+    cells = [text(row) if "median_ms" in row else "none" for row in (found or {}).values()]
+    return "–" if set(cells) <= {"none"} else " / ".join(cells)
+
+
+def _milliseconds(row: dict) -> str:
+    return f"{row['median_ms']:.{1 if row['median_ms'] < 20 else 0}f}"
+
+
+def readme(report: dict) -> str:
+    """The tables of the README: times of the usual problem, and targets."""
+    threads = max(row["threads"] for row in report["results"])
+    usual = {"length": 4096, "head_dim": 64, "heads": 8, "dtype": "float32", "threads": threads}
+    rows = [row for row in report["results"] if all(row[k] == v for k, v in usual.items())]
+    cases = {key[0]: peers for key, peers in by_problem(rows).items() if OURS in peers}
+    shown = {case: title for case, title in README_CASES.items() if case in cases}
+    lines = [["forward / forward + backward, ms", *shown.values()], ["---"] * (len(shown) + 1)]
+    for peer, title in README_PEERS.items():
+        cells = [_both(cases[case].get(peer), _milliseconds) for case in shown]
+        lines.append([title, *(f"**{c}**" if peer == OURS else c for c in cells)])
+        if peer != OURS:
+            continue
+        for what, text in (
+            ("share of the limit", lambda row: f"{100 * row['share_of_limit']:.0f} %"),
+            ("MiB beyond the inputs", lambda row: f"{row.get('peak_mib', math.nan):.0f}"),
+        ):
+            lines.append([what, *(_both(cases[case][OURS], text) for case in shown)])
+    lines = [line for line in lines if set(line[1:]) != {"–"}]
+    targets: dict = {}
+    for found in report["targets"]:
+        cell = f"{_measured(found)} ({_wanted(found)}{'' if found['reached'] else ', missed'})"
+        targets.setdefault(found["target"], {})[found["direction"]] = cell
+    second = [["target", *TITLES.values()], ["---"] * 3]
+    second += [[name, *(cells.get(d, "–") for d in DIRECTIONS)] for name, cells in targets.items()]
+    return "\n".join([*map(_markdown, lines), "", *map(_markdown, second)]) + "\n"
+
+
+def _markdown(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def write(report: dict, path: Path) -> str:
-    """Writes `path` (JSON) with a table and a chart beside it, and gives the table."""
+    """Writes `path` (JSON) with a table and charts beside it, and gives the table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     text = table(report)
     path.with_suffix(".txt").write_text(text)
-    _chart(report, path.with_suffix(".png"))
+    charts.draw(report, path)
     return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--readme", action="store_true", help="Markdown for the README")
+    parser.add_argument("--charts", action="store_true", help="draws the charts beside the file")
+    args = parser.parse_args()
+    report = json.loads(args.file.read_text())
+    print(readme(report) if args.readme else table(report), end="")
+    if args.charts:
+        charts.draw(report, args.file)
+
+
+if __name__ == "__main__":
+    main()

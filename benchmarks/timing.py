@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 MIN_SAMPLES, MAX_PER_ROUND = 3, 4
+LONG = 0.5  # seconds of a call that one more of would tell little
 
 
 @dataclass
@@ -44,16 +45,28 @@ def once(task: Callable[[], object]) -> float:
 
 
 def interleave(
-    tasks: Mapping[Hashable, Callable[[], object]], rounds: int, seconds: float, seed: int = 0
+    tasks: Mapping[Hashable, Callable[[], object]],
+    rounds: int,
+    seconds: float,
+    seed: int = 0,
+    *,
+    before: Callable[[Hashable], object] = lambda name: None,
+    known: Mapping[Hashable, float] | None = None,
 ) -> dict[Hashable, Samples]:
     """Times each task about `seconds` long, spread evenly over shuffled rounds.
 
     A quick task enters a round up to four times, a slow one only some rounds, but three at least.
+    `before` is called with a task's name ahead of each call, outside the timing. `known` has the
+    seconds of tasks that ran already: slow ones of them need no warm-up.
     """
     wanted = {}
     for name, task in tqdm(tasks.items(), desc="warm-up", unit="task"):
-        once(task)
-        count = int(seconds / max(once(task), 1e-9))
+        expected = (known or {}).get(name, 0.0)
+        if expected < LONG:
+            before(name)
+            once(task)
+            expected = once(task)
+        count = int(seconds / max(expected, 1e-9))
         wanted[name] = min(max(count, MIN_SAMPLES), MAX_PER_ROUND * rounds)
     results = {name: Samples() for name in tasks}
     shuffle = random.Random(seed).shuffle
@@ -67,6 +80,7 @@ def interleave(
                     turn += [name] * (n * (r + 1) // rounds - n * r // rounds)
                 shuffle(turn)
                 for name in turn:
+                    before(name)
                     results[name].seconds.append(once(tasks[name]))
                     progress.update()
     finally:

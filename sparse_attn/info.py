@@ -42,7 +42,7 @@ def plan_info(pattern: Pattern, n_q: int, n_k: int | None = None) -> dict[str, i
         n_k: Number of keys; as many as queries if None.
 
     Returns:
-        `pairs` (allowed pairs, exactly), `visited_pairs` (pairs in the tiles that are visited),
+        `pairs` (allowed pairs, exactly), `visited_pairs` (pairs computed in the tiles visited),
         `bytes` (memory of the plan), `passes` (sweeps over the rows) and `distinct_masks` (of
         partly allowed tiles).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 
 import reference
@@ -48,6 +49,25 @@ def assert_as_good_as_torch(ours: Callable, definition: Callable, tensors: Seque
     names = ("output", "query", "key", "value", *(f"tensor {i}" for i in range(3, 9)))
     for name, mine, true, *own in zip(names, results, exact, *torchs, strict=False):
         reference.assert_within_budget(name, mine, own, true)
+
+
+def assert_as_good_on_average(
+    ours: Callable, definition: Callable, draws: Sequence[Sequence[Tensor]]
+):
+    """The same by the medians of many draws: for single numbers and for functions that magnify
+    roundings, whose error on one draw is chance."""
+    errors = {ours: [], definition: []}
+    for tensors in draws:
+        exact = with_gradients(definition, [x.double() for x in tensors])
+        for function, found in errors.items():
+            results = with_gradients(function, tensors)
+            found.append([
+                (x.double() - true).square().mean().sqrt().item()
+                for x, true in zip(results, exact, strict=True)
+            ])  # fmt: skip
+    medians = (map(statistics.median, zip(*found, strict=True)) for found in errors.values())
+    for i, (mine, torchs) in enumerate(zip(*medians, strict=True)):
+        assert mine <= 2 * torchs, f"result {i}: error {mine:.3g}, torch {torchs:.3g}"
 
 
 def _in_another_order(definition: Callable, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -21,18 +21,19 @@ say "Objects of the instruction sets"
 
 # Head sizes of the tensor-core kernels on the emulator: 128 columns have the tiles of 64 (the Python tests on the emulator run that
 # instance), 256 have others. Compilers run for minutes here, so commits take turns: with the instruction set under the sanitizers (the
-# Python tests run all), and with the CUDA kernels under ThreadSanitizer or through nvcc, its head sizes and architecture.
+# Python tests run all), and with the CUDA kernels under ThreadSanitizer or through nvcc, its head sizes and architecture, or the
+# NEON kernels under qemu.
 turn=$((0x$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)))
 if [ "${SPARSE_ATTN_FULL:-}" = 1 ]; then
-  sizes='32;64;96;128;192;256' nvcc_sizes=$sizes isa='x86_64_v4;x86_64_v3;x86_64_v2' architectures='80-real;90a-real'
-  cuda_checks='races nvcc'
+  sizes='32;64;96;128;192;256' nvcc_sizes=$sizes isa='x86_64_amx;x86_64_v4;x86_64_v3;x86_64_v2' architectures='80-real;90a-real'
+  slow_checks='races nvcc aarch64'
 else
   sizes='128;256'
   choices=('64;256' '128') && nvcc_sizes=${choices[turn % 2]}
   choices=(80-real 90a-real) && architectures=${choices[turn / 2 % 2]}
-  choices=(x86_64_v2 x86_64_v4) && isa=${choices[turn / 4 % 2]}
+  choices=(x86_64_v2 'x86_64_amx;x86_64_v4') && isa=${choices[turn / 4 % 2]}
   grep -qs avx512f /proc/cpuinfo || isa=x86_64_v2
-  choices=(races nvcc) && cuda_checks=${choices[turn / 8 % 2]}
+  choices=(races nvcc aarch64) && slow_checks=${choices[turn / 8 % 3]}
 fi
 
 # Where only the CUDA kernels count, one instruction set of the CPU will do.
@@ -48,7 +49,7 @@ cmake -S . -B build/native -G Ninja -DSPARSE_ATTN_TORCH=OFF -DSPARSE_ATTN_NATIVE
 cmake --build build/native --parallel "$jobs"
 ctest --test-dir build/native --output-on-failure --no-tests=error --parallel "$jobs"
 
-if [[ $cuda_checks = *races* ]]; then
+if [[ $slow_checks = *races* ]]; then
   say "Data races of the CUDA kernels, with ThreadSanitizer"
   cmake -S . -B build/races -G Ninja -DSPARSE_ATTN_TORCH=OFF -DSPARSE_ATTN_NATIVE_TESTS=ON \
     -DSPARSE_ATTN_SANITIZE=THREADS -DSPARSE_ATTN_WERROR=ON -DSPARSE_ATTN_HEAD_SIZES=32 \
@@ -57,7 +58,7 @@ if [[ $cuda_checks = *races* ]]; then
   ctest --test-dir build/races --output-on-failure --no-tests=error
 fi
 
-if [[ $cuda_checks = *nvcc* ]] && command -v nvcc >/dev/null; then
+if [[ $slow_checks = *nvcc* ]] && command -v nvcc >/dev/null; then
   say "CUDA kernels, with nvcc ($architectures, heads of $nvcc_sizes)"
   cmake -S . -B build/cuda -G Ninja -DSPARSE_ATTN_TORCH=OFF -DSPARSE_ATTN_CUDA=ON -DSPARSE_ATTN_WERROR=ON \
     "-DCMAKE_CUDA_ARCHITECTURES=$architectures" -DCMAKE_CUDA_FLAGS=-Xptxas=-v \
@@ -66,6 +67,19 @@ if [[ $cuda_checks = *nvcc* ]] && command -v nvcc >/dev/null; then
   cmake --build build/cuda --parallel "$jobs" --clean-first --target sparse_attn_cuda >build/cuda.log 2>&1 ||
     { tail -n 50 build/cuda.log && exit 1; }
   "$python" scripts/check_registers.py build/cuda.log
+fi
+
+if [[ $slow_checks = *aarch64* ]]; then
+  say "NEON kernels, under qemu"
+  if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
+    cmake -S . -B build/aarch64 -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DSPARSE_ATTN_TORCH=OFF \
+      -DSPARSE_ATTN_NATIVE_TESTS=ON -DSPARSE_ATTN_WERROR=ON >/dev/null
+    cmake --build build/aarch64 --parallel "$jobs" --target test_cpu test_simd test_plan test_patterns
+    ctest --test-dir build/aarch64 --output-on-failure --no-tests=error --parallel "$jobs" \
+      --tests-regex '^test_(cpu|simd|plan|patterns)$'
+  else
+    echo "left out: there is no aarch64-linux-gnu-g++ or no qemu-aarch64 (Debian: g++-aarch64-linux-gnu qemu-user)"
+  fi
 fi
 
 if [ "${SPARSE_ATTN_CUDA_TORCH:-}" = 1 ]; then

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cases
 import pytest
@@ -15,7 +16,9 @@ if cases.DEVICE.type != "cpu":
     pytest.skip("instruction sets are the CPU's", allow_module_level=True)
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
+CPU_INFO = Path("/proc/cpuinfo")
 LEVELS = {
+    "x86-64-amx": CPU_INFO.exists() and " amx_bf16" in CPU_INFO.read_text(),
     "x86-64-v2": True,
     "x86-64-v3": CAPABILITY != "DEFAULT",
     "x86-64-v4": CAPABILITY == "AVX512",

@@ -81,7 +81,13 @@ print(step({long}))
 TENSOR = LONG * 16 * 4
 
 
-LINEAR = ["Window(256)", "Window(256) | Global(range(16))", "Window(128, dilation=4)"]
+LINEAR = [
+    "Window(256)",
+    "Window(256) | Global(range(16))",
+    "Window(128, dilation=4)",
+    "BigBird(64)",
+    "Strided(256)",
+]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")

@@ -12,6 +12,7 @@
 #include "listed_backward.h"
 #include "modify.h"
 #include "softmax.h"
+#include "visible_products.h"
 
 namespace {
 
@@ -105,57 +106,67 @@ class PairGradients {
   }
 
   SPARSE_ATTN_INLINE void add(T* grad_query, AddTo<T> to_key, AddTo<T> to_value) {
-    const Operand<T, true> key{now_.key.data, now_.key.stride},
-        value{now_.value.data, now_.value.stride};
-    const T* query = rows_.query.columns();
-    if (modifiers_.shapes()) {
-      gemm(now_.count, rows_.vectors, rows_.query.size(), key, query, kMaxTile,
-           SetTo<T>{probabilities_, kMaxTile});
-      modifiers_.shape(probabilities_, slopes_, rows_.vectors, now_.words, rows_.lse);
-    } else if (now_.words) {
-      gemm(now_.count, rows_.vectors, rows_.query.size(), key, query, kMaxTile,
-           MaskedProbabilities<T>{{probabilities_, rows_.lse}, now_.words});
-    } else {
-      gemm(now_.count, rows_.vectors, rows_.query.size(), key, query, kMaxTile,
-           Probabilities<T>{probabilities_, rows_.lse});
-    }
+    now_.find_visible(rows_.vectors, visible_);
+    set_probabilities();
     const LogitGradients<T> logits{ds_, probabilities_, rows_.delta, static_cast<T>(p_.scale)};
-    const auto by_logits = [&](const auto& gradients) {
-      gemm(now_.count, rows_.vectors, rows_.grad_output.size(), value, rows_.grad_output.columns(),
-           kMaxTile, gradients);
-    };
     if (modifiers_.drops()) {
-      by_logits(DroppedLogitGradients<T>{logits, probabilities_,
-                                         modifiers_.mark_dropped(probabilities_)});
+      multiply(now_.value, rows_.grad_output,
+               DroppedLogitGradients<T>{logits, probabilities_,
+                                        modifiers_.mark_dropped(probabilities_)});
     } else {
-      by_logits(logits);
+      multiply(now_.value, rows_.grad_output, logits);
     }
     if (modifiers_.shapes()) modifiers_.multiply(ds_, slopes_, rows_.vectors);
-    gemm(rows_.query.size(), rows_.vectors, now_.count,
-         Operand<T, false>{now_.key.data, now_.key.stride}, ds_, kMaxTile,
-         AddTo<T>{grad_query, kMaxTile});
-    const Rows<T>&grad_output = rows_.grad_output.rows(), &queries = rows_.query.rows();
-    gemm(now_.count, rows_.grad_output.vectors(), rows_.count,
-         Operand<T, true>{probabilities_, kMaxTile}, grad_output.data, grad_output.stride,
-         to_value);
-    gemm(now_.count, rows_.query.vectors(), rows_.count, Operand<T, true>{ds_, kMaxTile},
-         queries.data, queries.stride, to_key);
+    sum_over_visible_keys(visible_, rows_.query.size(),
+                          Operand<T, false>{now_.key.data, now_.key.stride}, ds_,
+                          AddTo<T>{grad_query, kMaxTile});
+    add_keys(probabilities_, rows_.grad_output, to_value);
+    add_keys(ds_, rows_.query, to_key);
   }
 
  private:
+  SPARSE_ATTN_INLINE void set_probabilities() {
+    const Probabilities<T> all{probabilities_, rows_.lse};
+    if (modifiers_.shapes()) {
+      multiply(now_.key, rows_.query, SetTo<T>{probabilities_, kMaxTile});
+      modifiers_.shape(probabilities_, slopes_, rows_.vectors, now_.words, rows_.lse);
+    } else if (now_.words) {
+      multiply(now_.key, rows_.query, MaskedProbabilities<T>{all, now_.words});
+    } else {
+      multiply(now_.key, rows_.query, all);
+    }
+  }
+
+  /// Products of keys, or values, with rows of the queries.
+  template <class Finish>
+  SPARSE_ATTN_INLINE void multiply(const Rows<T>& keys, const TileRows<S>& queries,
+                                   const Finish& finish) const {
+    multiply_visible(visible_, queries.size(), Operand<T, true>{keys.data, keys.stride},
+                     queries.columns(), finish);
+  }
+
+  /// Adds up rows of the queries for each key.
+  SPARSE_ATTN_INLINE void add_keys(const T* factors, const TileRows<S>& queries,
+                                   const AddTo<T>& sums) const {
+    sum_over_visible_queries(visible_, rows_.count, queries.vectors(),
+                             Operand<T, true>{factors, kMaxTile}, queries.rows().data,
+                             queries.rows().stride, sums);
+  }
+
   const AttentionParams& p_;
   int64_t head_ = 0;
   const int64_t* list_ = nullptr;
   GradientRows<S> rows_;
   KeyTiles<S> keys_;
   KeyTile<T> now_{};
+  VisibleBlocks<T> visible_;
   TileModifiers<T> modifiers_;
   T* probabilities_;  // [key][query]
   T* ds_;             // [key][query]
   T* slopes_;         // of the logits in the scores
 };
 
-template <class S>
+template <class S, class PairsOfTile = PairGradients<S>>
 class Backward {
  public:
   using T = Real<S>;
@@ -208,7 +219,7 @@ class Backward {
   }
 
   const AttentionParams& p_;
-  GradientSweep<S, PairGradients<S>> sweep_;
+  GradientSweep<S, PairsOfTile> sweep_;
   T* delta_ = nullptr;  // of the lists
   char* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;

@@ -8,6 +8,14 @@
 
 #include "cpu/kernels.h"
 
+#if defined(SPARSE_ATTN_AMX)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace sparse_attn::cpu {
 
 #define X(ISA)                                   \
@@ -17,6 +25,10 @@ namespace sparse_attn::cpu {
   extern const Kernels kernels_##ISA##_float16;
 SPARSE_ATTN_ISAS
 #undef X
+
+#if defined(SPARSE_ATTN_AMX)
+extern const Kernel amx_forward, amx_backward;
+#endif
 
 namespace {
 
@@ -38,6 +50,38 @@ namespace {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+#if defined(SPARSE_ATTN_AMX)
+
+/// Linux lends the tile registers to processes that ask for them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+bool supports_x86_64_amx() {
+  constexpr unsigned kTiles = 1u << 24, kTileProducts = 1u << 22, kAvx512BFloat16 = 1u << 5;
+  unsigned a = 0, b = 0, c = 0, d = 0, a1 = 0, d1 = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &a1, &b, &c, &d1))
+    return false;
+  return supports_x86_64_v4() && (d & kTiles) && (d & kTileProducts) && (a1 & kAvx512BFloat16) &&
+         may_use_tiles();
+}
+
+/// Only bfloat16 has kernels of its own.
+const Kernels kAmxBFloat16 = [] {
+  Kernels kernels = kernels_x86_64_v4_bfloat16;
+  kernels.forward = amx_forward;
+  kernels.backward = amx_backward;
+  return kernels;
+}();
+
+#endif
+
 #elif defined(__aarch64__)
 
 bool supports_aarch64_neon() { return true; }
@@ -57,6 +101,12 @@ struct Isa {
 };
 
 const Isa kIsas[] = {
+#if defined(SPARSE_ATTN_AMX)
+    {"x86-64-amx",
+     supports_x86_64_amx,
+     {&kernels_x86_64_v4_float32, &kernels_x86_64_v4_float64, &kAmxBFloat16,
+      &kernels_x86_64_v4_float16}},
+#endif
 #define X(ISA)                                                                     \
   {usual_name(#ISA),                                                               \
    supports_##ISA,                                                                 \
@@ -69,11 +119,12 @@ const Isa kIsas[] = {
 const Isa& choose() {
   const char* variable = std::getenv("SPARSE_ATTN_ISA");
   const std::string wanted = usual_name(variable ? variable : "");
+  for (const Isa& isa : kIsas) {
+    if ((wanted.empty() || wanted == isa.name) && isa.supported()) return isa;
+  }
   std::string names;
   for (const Isa& isa : kIsas) {
-    if (!isa.supported()) continue;
-    if (wanted.empty() || wanted == isa.name) return isa;
-    names += (names.empty() ? "" : ", ") + isa.name;
+    if (isa.supported()) names += (names.empty() ? "" : ", ") + isa.name;
   }
   if (names.empty()) {
     throw std::invalid_argument("expected a CPU of at least " + std::end(kIsas)[-1].name);

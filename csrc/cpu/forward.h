@@ -6,10 +6,8 @@
 // is as good as another), and P is ready for the second product as it stands.
 #pragma once
 
-#include "gemm.h"
-#include "key_tiles.h"
+#include "forward_tile.h"
 #include "listed_forward.h"
-#include "modify.h"
 #include "scheduler.h"
 #include "softmax.h"
 #include "tile.h"
@@ -21,45 +19,7 @@ using sparse_attn::RowTile;
 using sparse_attn::Run;
 using sparse_attn::Segment;
 
-/// The softmax state of a row tile with its unnormalised output: what passes, key splits and chunks
-/// merge.
-template <class T>
-struct RowState {
-  SoftmaxState<T>* softmax;
-  T* output;  // [value_dim][kMaxTile]
-
-  static RowState take(Arena& arena, int64_t value_dim) {
-    const int64_t padded = (value_dim + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    return {arena.take<SoftmaxState<T>>(1), arena.take<T>(padded * kMaxTile)};
-  }
-  void init(int value_dim) const {
-    softmax->init();
-    fill_zero(output, static_cast<int64_t>(value_dim) * kMaxTile);
-  }
-};
-
-/// C = C · rescale + sum.
-template <class T>
-struct Accumulate {
-  T* c;
-  const T* rescale;
-  SPARSE_ATTN_INLINE void operator()(int m, int n, Vec<T> sum) const {
-    T* at = c + m * kMaxTile + n * kLanes<T>;
-    store(at, load(at) * load(rescale + n * kLanes<T>) + sum);
-  }
-};
-
-/// C = sum where the mask allows the pair, else -inf.
-template <class T>
-struct SetMasked {
-  T* c;
-  const uint64_t* words;  // one for each key
-  SPARSE_ATTN_INLINE void operator()(int m, int n, Vec<T> sum) const {
-    store(c + m * kMaxTile + n * kLanes<T>, keep_lanes<T>(sum, words[m], n, -kInfinity<T>));
-  }
-};
-
-template <class S>
+template <class S, class TileAtHand = ForwardTile<S>>
 class Forward {
  public:
   using T = Real<S>;
@@ -87,7 +47,7 @@ class Forward {
     merges_in_memory_ = !kSameType<S, T> && several_sweeps;
     if (merges_in_memory_) wide_output_ = arena.take<T>(heads * p_.n_q * dv_);
     Arena one_thread(nullptr);
-    Scratch(one_thread, d_, dv_);
+    Scratch(one_thread, p_);
     scratch_bytes_ = one_thread.used();
     scratch_ = arena.take<char>(threads * scratch_bytes_);
     return arena.used();
@@ -100,13 +60,13 @@ class Forward {
       const int64_t chunks = largest(p_, pass, chunks_of);
       for_each_item(parallel, heads * chunks, [&](int thread, int64_t item) {
         Arena arena(scratch_ + thread * scratch_bytes_);
-        Scratch scratch(arena, d_, dv_);
+        Scratch scratch(arena, p_);
         chunk(scratch, item / chunks, pass, item % chunks);
       });
       if (largest(p_, pass, [](const PassView& v) { return v.row_reductions.size; }) == 0) continue;
       for_each_item(parallel, heads, [&](int thread, int64_t head) {
         Arena arena(scratch_ + thread * scratch_bytes_);
-        Scratch scratch(arena, d_, dv_);
+        Scratch scratch(arena, p_);
         merge_slots(scratch, head, pass);
       });
     }
@@ -121,25 +81,16 @@ class Forward {
 
  private:
   struct Scratch {
-    Scratch(Arena& arena, int d, int dv)
-        : state(RowState<T>::take(arena, dv)),
-          query_rows(arena.take<T>(int64_t{kMaxTile} * round_up(d, kLanes<T>))),
-          query(arena.take<T>(int64_t{kMaxTile} * round_up(d, kLanes<T>))),
-          logits(arena.take<T>(kMaxTile * kMaxTile)),
-          rescale(arena.take<T>(kMaxTile)),
-          output_rows(arena.take<T>(int64_t{kMaxTile} * round_up(dv, kLanes<T>))),
-          keys(arena, d, dv),
-          modifiers(arena),
-          listed(arena, d, dv) {}
+    Scratch(Arena& arena, const AttentionParams& params)
+        : state(RowState<T>::take(arena, params.value_dim)),
+          output_rows(arena.take<T>(int64_t{kMaxTile} *
+                                    round_up(static_cast<int>(params.value_dim), kLanes<T>))),
+          tile(arena, params),
+          listed(arena, static_cast<int>(params.head_dim), static_cast<int>(params.value_dim)) {}
 
     RowState<T> state;
-    T* query_rows;   // packed, when they cannot be read in place
-    T* query;        // [head_dim][kMaxTile], scaled
-    T* logits;       // [key][query], then the probabilities
-    T* rescale;      // [query]
     T* output_rows;  // [query][value_dim]
-    KeyTiles<S> keys;
-    TileModifiers<T> modifiers;
+    TileAtHand tile;
     typename ListedForward<S>::Scratch listed;
   };
 
@@ -147,7 +98,7 @@ class Forward {
     const int64_t heads = p_.batch * p_.heads, shares = list_shares(heads, p_.n_q);
     for_each_item(parallel, heads * shares, [&](int thread, int64_t item) {
       Arena arena(scratch_ + thread * scratch_bytes_);
-      Scratch scratch(arena, d_, dv_);
+      Scratch scratch(arena, p_);
       const int64_t head = item / shares;
       const RowSweep<T> rows{wide_output(head), lse_of(head), sums_of(head)};
       listed_.run(scratch.listed, head, rows, {p_.n_q, item % shares, shares});
@@ -178,8 +129,7 @@ class Forward {
       return;
     const PassView& pass = plan.passes[pass_index];
     const Chunk& chunk = pass.chunks[chunk_index];
-    scratch.keys.start(p_, plan, pass, head);
-    scratch.modifiers.start(p_, head);
+    scratch.tile.start(plan, pass, head);
     for (uint32_t s = chunk.first_segment; s < chunk.end_segment; ++s) {
       segment(scratch, head, plan, pass, pass.segments[s], pass_index);
     }
@@ -193,42 +143,14 @@ class Forward {
     state.init(dv_);
     if (resumes) resume(scratch, state, head, plan, row_tile.rows);
     if (segment.first_run < segment.end_run) {
-      const Rows<T> rows =
-          whole_vector_rows(head_of<const S>(p_.query, p_.heads, head), row_tile.rows,
-                            plan.token_list, d_, all_rows(row_tile.rows.count), scratch.query_rows);
-      transpose_rows<T>(scratch.query, kMaxTile, rows, row_tile.rows.count, round_up(d_, kLanes<T>),
-                        static_cast<T>(p_.scale));
-      const int vectors = round_up(row_tile.rows.count, kLanes<T>) / kLanes<T>;
-      scratch.modifiers.set_rows(row_tile.rows, plan.token_list);
+      scratch.tile.load_rows(row_tile.rows);
       for (uint32_t r = segment.first_run; r < segment.end_run; ++r) {
         const Run& run = pass.runs[r];
         for (int32_t i = 0; i < run.count; ++i)
-          attend(scratch, state, vectors, plan, run.key_tile + i, run.mask);
+          scratch.tile.attend(state, run.key_tile + i, run.mask);
       }
     }
     if (segment.slot < 0) finish(scratch, state, head, plan, row_tile);
-  }
-
-  /// One key tile for one row tile.
-  SPARSE_ATTN_INLINE void attend(Scratch& scratch, const RowState<T>& state, int vectors,
-                                 const PlanView& plan, int32_t key_tile, int32_t mask) {
-    KeyTile<T> keys;
-    if (!scratch.keys.get(key_tile, mask, keys)) return;
-    const Operand<T, true> key{keys.key.data, keys.key.stride};
-    TileModifiers<T>& modifiers = scratch.modifiers;
-    if (keys.words && !modifiers.shapes()) {
-      gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
-           SetMasked<T>{scratch.logits, keys.words});
-    } else {
-      gemm(keys.count, vectors, d_, key, scratch.query, kMaxTile,
-           SetTo<T>{scratch.logits, kMaxTile});
-    }
-    if (modifiers.exist()) modifiers.set_keys(scratch.keys.tile(key_tile), plan.token_list);
-    if (modifiers.shapes()) modifiers.shape(scratch.logits, vectors, keys.words);
-    softmax_update(scratch.logits, keys.count, vectors, *state.softmax, scratch.rescale);
-    if (modifiers.drops()) modifiers.drop(scratch.logits);
-    gemm(dv_, vectors, keys.count, Operand<T, false>{keys.value.data, keys.value.stride},
-         scratch.logits, kMaxTile, Accumulate<T>{state.output, scratch.rescale});
   }
 
   /// The state that earlier passes left.

@@ -5,6 +5,7 @@
 // caller's key or value tensor (a residue class of a dilated window) is multiplied in place.
 #pragma once
 
+#include "range.h"
 #include "vec.h"
 
 namespace {
@@ -21,6 +22,9 @@ struct Operand {
   }
   SPARSE_ATTN_INLINE Operand from_row(int64_t m) const {
     return {data + (kRowMajor ? m * stride : m), stride};
+  }
+  SPARSE_ATTN_INLINE Operand from_column(int64_t k) const {
+    return {data + (kRowMajor ? k : k * stride), stride};
   }
 };
 
@@ -82,40 +86,46 @@ SPARSE_ATTN_INLINE void gemm_last_rows(int m_size, int m0, int n0, int k_size,
   }
 }
 
-/// All rows for the block of columns that starts at vector n0.
-template <int kVectors, class T, bool kRowMajor, class Finish>
-__attribute__((noinline)) void gemm_columns(int m_size, int n0, int k_size, Operand<T, kRowMajor> a,
+/// The rows of a block of columns that starts at vector n0, kRows at a time.
+template <int kVectors, int kRows = kBlockRows<kVectors>, class T, bool kRowMajor, class Finish>
+__attribute__((noinline)) void gemm_columns(Range rows, int n0, int k_size, Operand<T, kRowMajor> a,
                                             const T* b, int64_t ldb, Finish finish) {
-  constexpr int kRows = kBlockRows<kVectors>;
-  int m = 0;
-  for (; m + kRows <= m_size; m += kRows)
+  int m = rows.begin;
+  for (; m + kRows <= rows.end; m += kRows)
     gemm_block<kRows, kVectors>(m, n0, k_size, a, b, ldb, finish);
-  gemm_last_rows<kRows - 1, kVectors>(m_size, m, n0, k_size, a, b, ldb, finish);
+  gemm_last_rows<kRows - 1, kVectors>(rows.end, m, n0, k_size, a, b, ldb, finish);
 }
 
 /// The last vectors of columns, fewer than a whole block.
 template <int kVectors, class T, bool kRowMajor, class Finish>
-SPARSE_ATTN_INLINE void gemm_last_columns(int m_size, int vectors, int n0, int k_size,
+SPARSE_ATTN_INLINE void gemm_last_columns(Range rows, int n_end, int n0, int k_size,
                                           Operand<T, kRowMajor> a, const T* b, int64_t ldb,
                                           const Finish& finish) {
   if constexpr (kVectors > 0) {
-    if (vectors - n0 == kVectors) {
-      gemm_columns<kVectors>(m_size, n0, k_size, a, b, ldb, finish);
+    if (n_end - n0 == kVectors) {
+      gemm_columns<kVectors>(rows, n0, k_size, a, b, ldb, finish);
     } else {
-      gemm_last_columns<kVectors - 1>(m_size, vectors, n0, k_size, a, b, ldb, finish);
+      gemm_last_columns<kVectors - 1>(rows, n_end, n0, k_size, a, b, ldb, finish);
     }
   }
 }
 
-/// C for `vectors` vectors of columns.
+/// The part of C that is `rows` times the first vectors of columns.
 template <class T, bool kRowMajor, class Finish>
-SPARSE_ATTN_INLINE void gemm(int m_size, int vectors, int k_size, Operand<T, kRowMajor> a,
+SPARSE_ATTN_INLINE void gemm(Range rows, int vectors, int k_size, Operand<T, kRowMajor> a,
                              const T* b, int64_t ldb, const Finish& finish) {
   int n = 0;
   for (; n + kBlockVectors <= vectors; n += kBlockVectors) {
-    gemm_columns<kBlockVectors>(m_size, n, k_size, a, b, ldb, finish);
+    gemm_columns<kBlockVectors>(rows, n, k_size, a, b, ldb, finish);
   }
-  gemm_last_columns<kBlockVectors - 1>(m_size, vectors, n, k_size, a, b, ldb, finish);
+  gemm_last_columns<kBlockVectors - 1>(rows, vectors, n, k_size, a, b, ldb, finish);
+}
+
+/// C, `vectors` vectors of columns wide.
+template <class T, bool kRowMajor, class Finish>
+SPARSE_ATTN_INLINE void gemm(int m_size, int vectors, int k_size, Operand<T, kRowMajor> a,
+                             const T* b, int64_t ldb, const Finish& finish) {
+  gemm(Range{0, m_size}, vectors, k_size, a, b, ldb, finish);
 }
 
 /// C = sum.

@@ -37,6 +37,9 @@ class TileRows {
     transpose_rows<T>(columns_, kMaxTile, rows_, tile.count, padded_, factor);
   }
 
+  /// The product of row i and another one of whole vectors.
+  T dot(int i, const T* other) const { return ::dot(rows_.row(i), other, padded_); }
+
   const Rows<T>& rows() const { return rows_; }
   const T* columns() const { return columns_; }  // [size][kMaxTile], times the factor
   int size() const { return size_; }
@@ -49,7 +52,8 @@ class TileRows {
   Rows<T> rows_{};
 };
 
-template <class S>
+/// `RowsOfTile` is TileRows or what other products take.
+template <class S, class RowsOfTile = TileRows<S>>
 class GradientRows {
  public:
   using T = Real<S>;
@@ -91,17 +95,15 @@ class GradientRows {
     const Rows<T> rows = whole_vector_rows(head_of<const S>(like_output, p_.heads, head), tile,
                                            list, dv_, live, output_);
     for (int i = 0; i < kMaxTile; ++i) {
-      const bool counts = live >> i & 1;
-      sums[i] =
-          counts ? dot(grad_output.rows().row(i), rows.row(i), round_up(dv_, kLanes<T>)) : T{0};
+      sums[i] = live >> i & 1 ? grad_output.dot(i, rows.row(i)) : T{0};
     }
   }
 
   int count = 0;
   int vectors = 0;
   uint64_t live = 0;
-  TileRows<S> query;  // its columns are scaled
-  TileRows<S> grad_output;
+  RowsOfTile query;  // its columns are scaled
+  RowsOfTile grad_output;
   T* const lse;    // +inf for rows without keys or of another tile: their probabilities are 0
   T* const delta;  // rowsum(dO ∘ O) less the gradient of the log-sum-exp
 

@@ -70,7 +70,8 @@ class GradientSweep {
   void passes(const Parallel& parallel) {
     const int64_t heads_kv = p_.batch * p_.heads_kv, passes = pass_count(p_);
     if (where_ == Where::kWide) {
-      for_each_item(parallel, heads_kv, [&](int, int64_t head) { clear_wide(head); });
+      for_each_share(parallel, heads_kv, p_.n_k,
+                     [&](int64_t head, const Share& rows) { clear_wide(head, rows); });
     }
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t chunks = largest(p_, pass, chunks_of);
@@ -79,20 +80,20 @@ class GradientSweep {
         Arena arena(scratch_ + thread * scratch_bytes_);
         Scratch scratch(arena, *this);
         const int64_t head_kv = item / chunks;
-        if (where_ == Where::kThread) clear_wide(thread);
+        if (where_ == Where::kThread) clear_wide(thread, all_keys());
         for (int64_t g = 0; g < group_; ++g) {
           chunk(scratch, thread, head_kv, head_kv * group_ + g, pass, item % chunks, g == 0);
         }
-        if (where_ == Where::kThread) narrow_keys(head_kv, thread);
+        if (where_ == Where::kThread) narrow_keys(head_kv, thread, all_keys());
       });
-      const bool shares = largest(p_, pass, [](const PassView& v) {
-                            return v.key_reductions.size + v.row_reductions.size;
-                          }) > 0;
-      if (!shares) continue;
+      const int64_t tiles = largest(p_, pass, shared_by_one_tile);
+      for_each_item(parallel, heads_kv * tiles,
+                    [&](int, int64_t item) { add_key_slots(item / tiles, pass, item % tiles); });
+      if (largest(p_, pass, sums_in_turn) == 0) continue;
       for_each_item(parallel, heads_kv, [&](int thread, int64_t head_kv) {
         Arena arena(scratch_ + thread * scratch_bytes_);
         Scratch scratch(arena, *this);
-        add_key_slots(head_kv, pass);
+        add_gathered_slots(head_kv, pass);
         for (int64_t g = 0; g < group_; ++g) add_row_slots(scratch, head_kv * group_ + g, pass);
       });
     }
@@ -109,12 +110,14 @@ class GradientSweep {
   }
 
   void finish(const Parallel& parallel) {
-    if (where_ != Where::kWide && !wide_queries_exist_) return;
-    for_each_item(parallel, p_.batch * p_.heads_kv, [&](int, int64_t head_kv) {
-      if (where_ == Where::kWide) narrow_keys(head_kv, head_kv);
-      for (int64_t g = 0; wide_queries_exist_ && g < group_; ++g)
-        narrow_queries(head_kv * group_ + g);
-    });
+    if (where_ == Where::kWide) {
+      for_each_share(parallel, p_.batch * p_.heads_kv, p_.n_k,
+                     [&](int64_t head, const Share& rows) { narrow_keys(head, head, rows); });
+    }
+    if (wide_queries_exist_) {
+      for_each_share(parallel, p_.batch * p_.heads, p_.n_q,
+                     [&](int64_t head, const Share& rows) { narrow_queries(head, rows); });
+    }
   }
 
   // Sums of dK and dV of a head, and of dQ, while several sweeps add to them.
@@ -181,9 +184,22 @@ class GradientSweep {
     return row_slot_data_ + (head * row_slots_ + slot) * d_wide_ * kMaxTile;
   }
 
-  void clear_wide(int64_t index) const {
-    fill_zero(wide_keys_ + index * p_.n_k * d_wide_, p_.n_k * d_wide_);
-    fill_zero(wide_values_ + index * p_.n_k * dv_wide_, p_.n_k * dv_wide_);
+  /// Calls body(head, rows) for all shares of the rows of all heads: one head keeps all threads
+  /// busy.
+  template <class Body>
+  static void for_each_share(const Parallel& parallel, int64_t heads, int64_t rows,
+                             const Body& body) {
+    const int64_t shares = list_shares(heads, rows);
+    for_each_item(parallel, heads * shares, [&](int, int64_t item) {
+      body(item / shares, Share(rows, item % shares, shares));
+    });
+  }
+  Share all_keys() const { return {p_.n_k, 0, 1}; }
+
+  void clear_wide(int64_t index, const Share& rows) const {
+    const int64_t first = index * p_.n_k + rows.begin, count = rows.end - rows.begin;
+    fill_zero(wide_keys_ + first * d_wide_, count * d_wide_);
+    fill_zero(wide_values_ + first * dv_wide_, count * dv_wide_);
   }
 
   void chunk(Scratch& scratch, int thread, int64_t head_kv, int64_t head, int64_t pass_index,
@@ -310,17 +326,40 @@ class GradientSweep {
     unpack_row<To>(to, from, d_);
   }
 
-  void add_key_slots(int64_t head_kv, int64_t pass_index) {
+  /// Of a pass's key reductions those of the partition's tiles, which have no key in common. Tiles
+  /// of gathered keys come after them.
+  static int64_t shared_by_one_tile(const PassView& pass) {
+    int64_t count = pass.key_reductions.size;
+    while (count > 0 && pass.key_tiles[pass.key_reductions[count - 1].tile].list >= 0) --count;
+    return count;
+  }
+  /// The other reductions of a pass.
+  static int64_t sums_in_turn(const PassView& pass) {
+    return pass.key_reductions.size - shared_by_one_tile(pass) + pass.row_reductions.size;
+  }
+
+  void add_key_slots(int64_t head_kv, int64_t pass_index, int64_t number) {
     const PlanView& plan = *p_.plans[head_kv * group_];
     if (pass_index >= plan.passes.size) return;
     const PassView& pass = plan.passes[pass_index];
+    if (number < shared_by_one_tile(pass)) add_slots(head_kv, plan, pass, number);
+  }
+
+  void add_gathered_slots(int64_t head_kv, int64_t pass_index) {
+    const PlanView& plan = *p_.plans[head_kv * group_];
+    if (pass_index >= plan.passes.size) return;
+    const PassView& pass = plan.passes[pass_index];
+    for (int64_t i = shared_by_one_tile(pass); i < pass.key_reductions.size; ++i)
+      add_slots(head_kv, plan, pass, i);
+  }
+
+  void add_slots(int64_t head_kv, const PlanView& plan, const PassView& pass, int64_t number) {
+    const Reduction& reduction = pass.key_reductions[number];
+    const Tile& tile = pass.key_tiles[reduction.tile];
     const Head<T> key_grad = key_sums(head_kv), value_grad = value_sums(head_kv);
-    for (const Reduction& reduction : pass.key_reductions) {
-      const Tile& tile = pass.key_tiles[reduction.tile];
-      for (int32_t s = reduction.first_slot; s < reduction.end_slot; ++s) {
-        add_tile(key_grad, tile, plan.token_list, key_slot(head_kv, s), d_wide_);
-        add_tile(value_grad, tile, plan.token_list, value_slot(head_kv, s), dv_wide_);
-      }
+    for (int32_t s = reduction.first_slot; s < reduction.end_slot; ++s) {
+      add_tile(key_grad, tile, plan.token_list, key_slot(head_kv, s), d_wide_);
+      add_tile(value_grad, tile, plan.token_list, value_slot(head_kv, s), dv_wide_);
     }
   }
 
@@ -337,20 +376,20 @@ class GradientSweep {
     }
   }
 
-  void narrow_keys(int64_t head_kv, int64_t index) const {
+  void narrow_keys(int64_t head_kv, int64_t index, const Share& rows) const {
     const Head<S> key = head_of<S>(p_.grad_key, p_.heads_kv, head_kv),
                   value = head_of<S>(p_.grad_value, p_.heads_kv, head_kv);
     const T* key_sum = wide_keys_ + index * p_.n_k * d_wide_;
     const T* value_sum = wide_values_ + index * p_.n_k * dv_wide_;
-    for (int64_t i = 0; i < p_.n_k; ++i) {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
       unpack_row<S>(key.data + i * key.stride, key_sum + i * d_wide_, d_);
       unpack_row<S>(value.data + i * value.stride, value_sum + i * dv_wide_, dv_);
     }
   }
 
-  void narrow_queries(int64_t head) const {
+  void narrow_queries(int64_t head, const Share& rows) const {
     const Head<S> to = head_of<S>(p_.grad_query, p_.heads, head);
-    for (int64_t i = 0; i < p_.n_q; ++i) {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
       unpack_row<S>(to.data + i * to.stride, wide_queries_ + (head * p_.n_q + i) * d_wide_, d_);
     }
   }

@@ -6,23 +6,11 @@
 #include "forward.h"
 #include "instance.h"
 #include "pairs.h"
+#include "sweep_kernel.h"
 #include "table_gradients.h"
 #include "tangent.h"
 
 namespace {
-
-template <class Sweep>
-int64_t workspace(const AttentionParams& params, int threads) {
-  return Sweep(params).layout(nullptr, threads);
-}
-
-template <class Sweep>
-void run(const AttentionParams& params, const Parallel& parallel) {
-  Sweep(params).run(parallel);
-}
-
-template <class Sweep>
-constexpr sparse_attn::cpu::Kernel kKernel{workspace<Sweep>, run<Sweep>};
 
 void pair_products(const PairParams& params, const Parallel& parallel) {
   Pairs<Scalar>(params).products(parallel);

@@ -5,6 +5,7 @@
 #include "params.h"
 #include "scheduler.h"
 #include "tile.h"
+#include "visible_blocks.h"
 
 namespace {
 
@@ -15,6 +16,78 @@ struct KeyTile {
   Rows<T> key;
   Rows<T> value;
   const uint64_t* words;
+
+  /// What of the pairs with vectors of queries is worth computing.
+  void find_visible(int vectors, VisibleBlocks<T>& blocks) const {
+    if (words) {
+      blocks.set(words, count, vectors);
+    } else {
+      blocks.set_all(count, vectors);
+    }
+  }
+};
+
+/// Which keys of the tiles of one head count, and the masks that say so.
+class SeenKeys {
+ public:
+  explicit SeenKeys(Arena& arena) : words_(arena.take<uint64_t>(kMaxTile)) {}
+
+  void start(const AttentionParams& params, int64_t head) {
+    const int64_t b = head / params.heads;
+    padding_ = params.key_padding ? params.key_padding + b * params.n_k : nullptr;
+  }
+
+  /// Bit i is set unless key i of the tile is padding.
+  uint64_t keys(const Tile& tile, const int64_t* list) const {
+    if (!padding_) return all_rows(tile.count);
+    uint64_t bits = 0;
+    for (int i = 0; i < tile.count; ++i) {
+      const bool padded = padding_[sparse_attn::token(tile, list, i)] != 0;
+      bits |= static_cast<uint64_t>(!padded) << i;
+    }
+    return bits;
+  }
+
+  /// A tile's mask without the keys that are not seen, going on as zeros to a multiple of so many
+  /// keys. Null if every row sees all these keys. Valid until the next call.
+  const uint64_t* words(int count, uint64_t seen, const uint64_t* mask, int multiple) {
+    const int padded = round_up(count, multiple);
+    if (seen == all_rows(count) && count == padded) return mask;
+    for (int i = 0; i < padded; ++i) {
+      words_[i] = !(seen >> i & 1) ? 0 : mask ? mask[i] : ~uint64_t{0};
+    }
+    return words_;
+  }
+
+ private:
+  uint64_t* words_;
+  const uint8_t* padding_ = nullptr;
+};
+
+/// Which of the last tiles are kept, and where.
+class KeptTiles {
+ public:
+  explicit KeptTiles(Arena& arena) : tiles_(arena.take<int32_t>(kMostEntries)) {}
+
+  void start(int entries) {
+    entries_ = entries < kMostEntries ? entries : kMostEntries;
+    clear();
+  }
+  void clear() {
+    for (int i = 0; i < entries_; ++i) tiles_[i] = -1;
+  }
+  int entry(int32_t tile) const { return tile % entries_; }
+  /// Whether the tile is there; it is from now on.
+  bool holds(int entry, int32_t tile) {
+    const bool kept = tiles_[entry] == tile;
+    tiles_[entry] = tile;
+    return kept;
+  }
+
+ private:
+  static constexpr int kMostEntries = 64;
+  int entries_ = 0;
+  int32_t* tiles_;
 };
 
 template <class S>
@@ -22,11 +95,9 @@ class KeyTiles {
  public:
   using T = Real<S>;
 
-  KeyTiles(Arena& arena, int d, int dv) : d_(d), dv_(dv) {
-    words_ = arena.take<uint64_t>(kMaxTile);
-    cached_ = arena.take<int32_t>(kMostEntries);
-    keys_ = arena.take<T>(int64_t{kCached} * kMaxTile * round_up(d, kLanes<T>));
-    values_ = arena.take<T>(int64_t{kCached} * kMaxTile * round_up(dv, kLanes<T>));
+  KeyTiles(Arena& arena, int d, int dv) : d_(d), dv_(dv), seen_(arena), kept_(arena) {
+    keys_ = arena.take<T>(int64_t{kKept} * kMaxTile * round_up(d, kLanes<T>));
+    values_ = arena.take<T>(int64_t{kKept} * kMaxTile * round_up(dv, kLanes<T>));
   }
 
   /// Turns to one head (of the queries) and pass.
@@ -41,13 +112,10 @@ class KeyTiles {
     const int64_t head_kv = head / (params.heads / params.heads_kv);
     key_ = head_of<const S>(like_key, params.heads_kv, head_kv);
     value_ = head_of<const S>(like_value, params.heads_kv, head_kv);
-    const int64_t b = head / params.heads;
-    padding_ = params.key_padding ? params.key_padding + b * params.n_k : nullptr;
     plan_ = &plan;
     pass_ = &pass;
-    entries_ = kCached * kMaxTile / plan.tile_keys;
-    if (entries_ > kMostEntries) entries_ = kMostEntries;
-    for (int i = 0; i < entries_; ++i) cached_[i] = -1;
+    seen_.start(params, head);
+    kept_.start(kKept * kMaxTile / plan.tile_keys);
   }
 
   const Tile& tile(int32_t index) const { return pass_->key_tiles[index]; }
@@ -55,48 +123,40 @@ class KeyTiles {
   /// False if no row sees any key of the tile.
   bool get(int32_t index, int32_t mask, KeyTile<T>& out) {
     const Tile& tile = pass_->key_tiles[index];
-    const uint64_t all = all_rows(tile.count), seen = unpadded(tile, plan_->token_list);
+    const uint64_t seen = seen_.keys(tile, plan_->token_list);
     if (seen == 0) return false;
     out.count = tile.count;
-    out.words = mask < 0 ? nullptr : plan_->masks[mask];
-    if (seen != all) {
-      for (int i = 0; i < tile.count; ++i) {
-        words_[i] = !(seen >> i & 1) ? 0 : out.words ? out.words[i] : ~uint64_t{0};
-      }
-      out.words = words_;
-    } else if (reads_in_place(tile)) {
+    out.words = seen_.words(tile.count, seen, mask < 0 ? nullptr : plan_->masks[mask], 1);
+    if (seen == all_rows(tile.count) && reads_in_place(tile)) {
       out.key = in_place(key_, tile);
       out.value = in_place(value_, tile);
       return true;
     }
-    const int entry = index % entries_;
+    const int entry = kept_.entry(index);
     const int64_t first = int64_t{entry} * plan_->tile_keys;
     out.key = {keys_ + first * round_up(d_, kLanes<T>), round_up(d_, kLanes<T>)};
     out.value = {values_ + first * round_up(dv_, kLanes<T>), round_up(dv_, kLanes<T>)};
-    if (cached_[entry] != index) pack(tile, plan_->token_list, seen, out);
-    cached_[entry] = index;
+    if (!kept_.holds(entry, index)) pack(tile, plan_->token_list, seen, out);
     return true;
   }
 
   /// The same for keys of a list: what was kept is lost.
   bool gather(const Tile& tile, const int64_t* list, KeyTile<T>& out) {
-    const uint64_t seen = unpadded(tile, list);
+    const uint64_t seen = seen_.keys(tile, list);
     if (seen == 0) return false;
-    out = {
-        tile.count, {keys_, round_up(d_, kLanes<T>)}, {values_, round_up(dv_, kLanes<T>)}, nullptr};
-    if (seen != all_rows(tile.count)) {
-      for (int i = 0; i < tile.count; ++i) words_[i] = seen >> i & 1 ? ~uint64_t{0} : 0;
-      out.words = words_;
-    }
+    out = {tile.count,
+           {keys_, round_up(d_, kLanes<T>)},
+           {values_, round_up(dv_, kLanes<T>)},
+           seen_.words(tile.count, seen, nullptr, 1)};
     pack(tile, list, seen, out);
-    for (int i = 0; i < entries_; ++i) cached_[i] = -1;
+    kept_.clear();
     return true;
   }
 
  private:
   /// A window of +-256 keeps 10 tiles in use; 16 of 64 x 64 keys and values are 512 KiB, which a
   /// level-2 cache holds. Smaller tiles have more entries in the same room.
-  static constexpr int kCached = 16, kMostEntries = 64;
+  static constexpr int kKept = 16;
 
   /// Padded keys become zeros: whatever they hold, NaN too, is ignored.
   void pack(const Tile& tile, const int64_t* list, uint64_t seen, const KeyTile<T>& to) const {
@@ -113,26 +173,13 @@ class KeyTiles {
     return {nullptr, 0};
   }
 
-  /// Bit i is set unless key i of the tile is padding.
-  uint64_t unpadded(const Tile& tile, const int64_t* list) const {
-    if (!padding_) return all_rows(tile.count);
-    uint64_t bits = 0;
-    for (int i = 0; i < tile.count; ++i) {
-      const bool padded = padding_[sparse_attn::token(tile, list, i)] != 0;
-      bits |= static_cast<uint64_t>(!padded) << i;
-    }
-    return bits;
-  }
-
   const int d_, dv_;
   Head<const S> key_{}, value_{};
-  const uint8_t* padding_ = nullptr;
   const PlanView* plan_ = nullptr;
   const PassView* pass_ = nullptr;
-  uint64_t* words_;  // of the tile at hand
-  int entries_ = 0;
-  int32_t* cached_;  // which tile each entry holds
-  T* keys_;          // [entry][key][head_dim], padded
+  SeenKeys seen_;
+  KeptTiles kept_;
+  T* keys_;  // [entry][key][head_dim], padded
   T* values_;
 };
 

@@ -173,7 +173,7 @@ struct LogitSums {
       }
     }
     for (int q = 0; q < kMaxTile; ++q) state->sum[q] = T{0};
-    softmax_update(logits, tile.keys, vectors, *state, rescale);
+    softmax_update(logits, {0, tile.keys}, {0, vectors}, *state, rescale);
     for (int q = 0; q < tile.rows; ++q)
       sums[q] = sums[q] * static_cast<double>(rescale[q]) + static_cast<double>(state->sum[q]);
   }

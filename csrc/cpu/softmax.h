@@ -2,6 +2,7 @@
 #pragma once
 
 #include "plan/schedule.h"
+#include "range.h"
 #include "vec.h"
 
 namespace {
@@ -119,11 +120,11 @@ SPARSE_ATTN_INLINE Vec<T> finite_maximum(Vec<T> m) {
 /// logits[key][query] -> exp(logits - maximum), for kVectors vectors of queries; `rescale` gets
 /// the factor that the sums so far shrink by.
 template <int kVectors, class T>
-SPARSE_ATTN_INLINE void softmax_columns(T* logits, int keys, T* maximum, T* sum, T* rescale) {
+SPARSE_ATTN_INLINE void softmax_columns(T* logits, Range keys, T* maximum, T* sum, T* rescale) {
   Vec<T> top[kVectors], total[kVectors] = {};
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) top[v] = load(maximum + v * kLanes<T>);
-  for (int k = 0; k < keys; ++k) {
+  for (int k = keys.begin; k < keys.end; ++k) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
       top[v] = max<T>(load(logits + k * kMaxTile + v * kLanes<T>), top[v]);
@@ -135,7 +136,7 @@ SPARSE_ATTN_INLINE void softmax_columns(T* logits, int keys, T* maximum, T* sum,
     store(maximum + v * kLanes<T>, top[v]);
     top[v] = finite;
   }
-  for (int k = 0; k < keys; ++k) {
+  for (int k = keys.begin; k < keys.end; ++k) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       T* at = logits + k * kMaxTile + v * kLanes<T>;
@@ -152,14 +153,14 @@ SPARSE_ATTN_INLINE void softmax_columns(T* logits, int keys, T* maximum, T* sum,
 }
 
 template <class T>
-__attribute__((noinline)) void softmax_update(T* logits, int keys, int vectors,
+__attribute__((noinline)) void softmax_update(T* logits, Range keys, Range vectors,
                                               SoftmaxState<T>& state, T* rescale) {
-  int v = 0;
-  for (; v + 2 <= vectors; v += 2) {
+  int v = vectors.begin;
+  for (; v + 2 <= vectors.end; v += 2) {
     const int at = v * kLanes<T>;
     softmax_columns<2>(logits + at, keys, state.maximum + at, state.sum + at, rescale + at);
   }
-  if (v < vectors) {
+  if (v < vectors.end) {
     const int at = v * kLanes<T>;
     softmax_columns<1>(logits + at, keys, state.maximum + at, state.sum + at, rescale + at);
   }

@@ -75,7 +75,7 @@ SPARSE_ATTN_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 /// A bit for each lane of a comparison's result.
 template <class T>
 SPARSE_ATTN_INLINE unsigned lane_bits(IntVec<T> mask) {
-  constexpr bool kWide = sizeof(T) == 8;
+  [[maybe_unused]] constexpr bool kWide = sizeof(T) == 8;
 #if defined(__AVX512DQ__)
   if constexpr (kWide)
     return __builtin_ia32_cvtq2mask512(

@@ -11,6 +11,7 @@
 #include "ops/sink.h"
 #include "ops/tensors.h"
 #include "ops/threads.h"
+#include "ops/workspace.h"
 #include "plan/cache.h"
 
 namespace sparse_attn {
@@ -33,10 +34,11 @@ class Call {
     choose_plans(a, pattern, direction);
   }
 
-  void run(const cpu::Kernel& kernel) {
-    const Parallel parallel = torch_threads();
-    const at::Tensor workspace = at::empty({kernel.workspace(params, parallel.threads)}, at::kByte);
-    params.workspace = workspace.mutable_data_ptr();
+  /// `products`: how many the kernel makes of each tile of pairs.
+  void run(const cpu::Kernel& kernel, int products) {
+    const Parallel parallel = torch_threads(work(products));
+    const Workspace workspace(kernel.workspace(params, parallel.threads));
+    params.workspace = workspace.data();
     kernel.run(params, parallel);
   }
 
@@ -64,30 +66,46 @@ class Call {
   AttentionParams params;
 
  private:
-  /// One plan for each example and head; those that differ are made side by side.
+  /// One plan for each example and head.
   void choose_plans(const AttentionArguments& a, const Expression& pattern, Direction direction) {
     const HeadPatterns of_heads(pattern, a.pattern_tensors, a.global_mask, params.batch,
                                 params.heads);
     schedules_.resize(of_heads.size());
     const std::size_t patterns = head_patterns(pattern).size();
     const int chunks = turns(patterns, of_heads.tensors(), pattern, direction) ? 1 : 0;
-    of_heads.for_each([&](std::size_t i, const Expression& one, const auto& tensors) {
-      schedules_[i] = make_schedule(one, tensors, direction, chunks);
-    });
-    for (const std::size_t number : of_heads.numbers())
+    find_schedules(of_heads, direction, chunks);
+    for (const std::size_t number : of_heads.numbers()) {
       plans_.push_back(&schedules_[number]->view());
+      pairs_ += schedules_[number]->plan().visited;
+    }
     params.plans = plans_.data();
   }
 
-  std::shared_ptr<const Schedule> make_schedule(const Expression& pattern,
-                                                const std::vector<PatternTensor>& tensors,
-                                                Direction direction, int chunks) const {
+  /// Those that are not at hand are made side by side.
+  void find_schedules(const HeadPatterns& of_heads, Direction direction, int chunks) {
+    const Sizes sizes{params.n_q, params.n_k};
     const std::int64_t heads =
         params.batch * (direction == Direction::kBackward ? params.heads_kv : params.heads);
-    return with_value_errors([&] {
-      return schedule_of(pattern, {params.n_q, params.n_k}, tensors.data(), direction, heads,
-                         chunks);
+    std::vector<std::size_t> missing;
+    for (std::size_t number = 0; number < of_heads.size(); ++number) {
+      of_heads.for_one(number, [&](std::size_t i, const Expression& one, const auto&) {
+        schedules_[i] = kept_schedule(one, sizes, direction, heads, chunks);
+        if (!schedules_[i]) missing.push_back(i);
+      });
+    }
+    of_heads.for_each_of(missing, [&](std::size_t i, const Expression& one, const auto& tensors) {
+      schedules_[i] = with_value_errors(
+          [&] { return schedule_of(one, sizes, tensors.data(), direction, heads, chunks); });
     });
+  }
+
+  /// Every key and value is taken for read, though a pattern may leave some out.
+  Work work(int products) const {
+    const std::int64_t sizes = params.head_dim + params.value_dim,
+                       rows = params.heads * params.n_q + params.heads_kv * params.n_k,
+                       numbers = params.batch * rows * sizes;
+    return {static_cast<double>(products * pairs_ * sizes),
+            static_cast<double>(numbers) * query_.element_size()};
   }
 
   /// Query heads that share a key head add to the same gradients: with different plans they must
@@ -110,7 +128,12 @@ class Call {
   CallModifiers modifiers_;
   std::vector<std::shared_ptr<const Schedule>> schedules_;
   std::vector<const PlanView*> plans_;
+  std::int64_t pairs_ = 0;  // in the tiles and lists of all heads
 };
+
+// Products of a tile of pairs: S and the output; S, dP, dQ, dK and dV. Other derivatives take about
+// as many as gradients, or more.
+constexpr int kForwardProducts = 2, kGradientProducts = 5;
 
 const cpu::Kernels& kernels_for(const at::Tensor& query) {
   return with_value_errors(
@@ -127,13 +150,15 @@ Outputs attention_cpu(c10::DispatchKeySet keys, const AttentionArguments& a) {
   Call call(a, pattern, Direction::kForward);
   call.params.output = view(output);
   call.params.lse = lse.mutable_data_ptr();
-  call.run(kernels_for(a.query).forward);
+  call.run(kernels_for(a.query).forward, kForwardProducts);
   return {output, lse};
 }
 
-/// Zero-filled, like query, key and value.
+/// Like query, key and value; those of key and value zero-filled, as the kernels add to them.
 Gradients empty_gradients(const AttentionArguments& a) {
-  return {empty_rows(a.query, a.query.size(3)).zero_(), at::zeros(a.key.sizes(), a.key.options()),
+  const at::Tensor query = empty_rows(a.query, a.query.size(3));
+  if (has_no_pairs(a)) query.zero_();
+  return {query, at::zeros(a.key.sizes(), a.key.options()),
           at::zeros(a.value.sizes(), a.value.options())};
 }
 
@@ -151,7 +176,7 @@ Gradients backward_cpu(c10::DispatchKeySet keys, const BackwardArguments& a) {
   Call call(a, pattern, Direction::kBackward);
   call.set_gradients(a);
   set_results(call.params, gradients);
-  call.run(kernels_for(a.query).backward);
+  call.run(kernels_for(a.query).backward, kGradientProducts);
   return gradients;
 }
 
@@ -159,7 +184,7 @@ TableGradients run_tables(Call& call, const AttentionArguments& a, const cpu::Ke
   const GradientOfTable bias(a.bias, a.bias_kind, a.query), gate(a.gate, a.gate_kind, a.query);
   call.params.grad_bias = bias.sums();
   call.params.grad_gate = gate.sums();
-  if ((a.bias || a.gate) && !has_no_pairs(a)) call.run(kernel);
+  if ((a.bias || a.gate) && !has_no_pairs(a)) call.run(kernel, kGradientProducts);
   return {bias.finish(), gate.finish()};
 }
 
@@ -177,7 +202,7 @@ Outputs run_tangent(Call& call, const AttentionArguments& a) {
   const at::Tensor lse = empty_lse(a.query).zero_();
   call.params.output_tangent = view(output);
   call.params.lse_tangent = lse.mutable_data_ptr();
-  if (!has_no_pairs(a)) call.run(kernels_for(a.query).tangent);
+  if (!has_no_pairs(a)) call.run(kernels_for(a.query).tangent, kGradientProducts);
   return {output, lse};
 }
 
@@ -208,7 +233,7 @@ SecondGradients second_cpu(c10::DispatchKeySet, const SecondArguments& a) {
     call.params.output_tangent = view(output);
     call.params.lse_tangent = lse.mutable_data_ptr();
     set_results(call.params, gradients);
-    call.run(kernels.backward_along);
+    call.run(kernels.backward_along, kGradientProducts);
   }
   return {output, lse, query, key, value, bias, gate};
 }

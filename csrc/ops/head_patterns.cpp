@@ -42,9 +42,4 @@ HeadPatterns::HeadPatterns(const Expression& pattern, const OptionalTensors& ten
   }
 }
 
-Expression HeadPatterns::expression(const Job& job) const {
-  if (global_tokens_.empty()) return *job.pattern;
-  return with_global_tokens(*job.pattern, global_tokens_[static_cast<std::size_t>(job.example)]);
-}
-
 }  // namespace sparse_attn

@@ -21,24 +21,42 @@ class HeadPatterns {
   const std::vector<std::size_t>& numbers() const { return numbers_; }
   const PatternTensors& tensors() const { return tensors_; }
 
-  /// Calls visit(number, expression, tensors) for each pattern, side by side.
+  /// Calls visit(number, expression, tensors) for one pattern, for all, or for some, several of
+  /// them side by side.
+  template <class Visit>
+  void for_one(std::size_t number, const Visit& visit) const {
+    const Job& job = jobs_[number];
+    const std::vector<PatternTensor> tensors = tensors_.slices(job.example, job.head);
+    if (global_tokens_.empty()) {
+      visit(number, *job.pattern, tensors);
+    } else {
+      const auto example = static_cast<std::size_t>(job.example);
+      visit(number, with_global_tokens(*job.pattern, global_tokens_[example]), tensors);
+    }
+  }
   template <class Visit>
   void for_each(const Visit& visit) const {
-    at::parallel_for(0, static_cast<std::int64_t>(size()), 1, [&](auto begin, auto end) {
-      for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i)
-        visit(i, expression(jobs_[i]), tensors_.slices(jobs_[i].example, jobs_[i].head));
-    });
+    side_by_side(size(), [&](std::size_t i) { for_one(i, visit); });
+  }
+  template <class Visit>
+  void for_each_of(const std::vector<std::size_t>& numbers, const Visit& visit) const {
+    side_by_side(numbers.size(), [&](std::size_t i) { for_one(numbers[i], visit); });
   }
 
  private:
+  template <class Body>
+  static void side_by_side(std::size_t count, const Body& body) {
+    at::parallel_for(0, static_cast<std::int64_t>(count), 1, [&](auto begin, auto end) {
+      for (auto i = begin; i < end; ++i) body(static_cast<std::size_t>(i));
+    });
+  }
+
   /// One of the patterns listed, for one example and head.
   struct Job {
     const Expression* pattern;
     std::int64_t example;
     std::int64_t head;
   };
-
-  Expression expression(const Job& job) const;
 
   PatternTensors tensors_;
   std::vector<std::vector<std::int64_t>> global_tokens_;  // of each example; empty without a mask

@@ -7,6 +7,7 @@
 #include "ops/pairs.h"
 #include "ops/tensors.h"
 #include "ops/threads.h"
+#include "ops/workspace.h"
 
 namespace sparse_attn {
 namespace {
@@ -79,9 +80,8 @@ at::Tensor pairs_cpu(c10::DispatchKeySet, Factor made, const Factors& given,
   const cpu::Kernels& kernels =
       with_value_errors([&]() -> const cpu::Kernels& { return cpu::kernels(params.dtype); });
   const Parallel parallel = torch_threads();
-  const at::Tensor workspace =
-      at::empty({kernels.pair_workspace(params, parallel.threads)}, at::kByte);
-  params.workspace = workspace.mutable_data_ptr();
+  const Workspace workspace(kernels.pair_workspace(params, parallel.threads));
+  params.workspace = workspace.data();
   if (made == Factor::kColumns) {
     const Transposed by_key(params, col.size(0));
     kernels.pair_column_sums(params, parallel);

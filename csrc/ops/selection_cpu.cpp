@@ -6,6 +6,7 @@
 #include "ops/checks.h"
 #include "ops/selection.h"
 #include "ops/threads.h"
+#include "ops/workspace.h"
 
 namespace sparse_attn {
 namespace {
@@ -16,8 +17,8 @@ void run(cpu::SelectionKernel cpu::SelectionKernels::* which, SelectionParams& p
       with_value_errors([&]() -> const cpu::Kernels& { return cpu::kernels(params.dtype); });
   const cpu::SelectionKernel& kernel = kernels.selection->*which;
   const Parallel parallel = torch_threads();
-  const at::Tensor workspace = at::empty({kernel.workspace(params, parallel.threads)}, at::kByte);
-  params.workspace = workspace.mutable_data_ptr();
+  const Workspace workspace(kernel.workspace(params, parallel.threads));
+  params.workspace = workspace.data();
   kernel.run(params, parallel);
 }
 

@@ -57,6 +57,17 @@ bool joins(Word word) {
   return word == Word::kUnion || word == Word::kIntersection || word == Word::kPerHead;
 }
 
+/// Room for a usual pattern and what its plan is looked up by besides.
+constexpr std::size_t kUsualWords = 32;
+
+void append(Words& words, const Expression& e) {
+  words.push_back(static_cast<std::int64_t>(e.word));
+  if (lists_tokens(e.word)) words.push_back(static_cast<std::int64_t>(e.values.size() / 2));
+  if (joins(e.word)) words.push_back(static_cast<std::int64_t>(e.parts.size()));
+  words.insert(words.end(), e.values.begin(), e.values.end());
+  for (const Expression& part : e.parts) append(words, part);
+}
+
 class Parser {
  public:
   Parser(const std::int64_t* words, std::int64_t count) : next_(words), end_(words + count) {}
@@ -102,6 +113,7 @@ class Parser {
   }
 
   void fields(Expression& e, const Form& form) {
+    e.values.reserve(form.fields.size());
     for (const Field& field : form.fields) {
       const std::int64_t value = take();
       if (value < field.least) {
@@ -118,6 +130,7 @@ class Parser {
     const std::int64_t n = take_count();
     if (n == 0)
       fail("expected a union, an intersection or a PerHead of at least one pattern, got none");
+    e.parts.reserve(static_cast<std::size_t>(n));
     for (std::int64_t i = 0; i < n; ++i) e.parts.push_back(one(depth + 1));
   }
 
@@ -159,14 +172,9 @@ Expression parse(const std::int64_t* words, std::int64_t count) {
 }
 
 Words encode(const Expression& e) {
-  Words words{static_cast<std::int64_t>(e.word)};
-  if (lists_tokens(e.word)) words.push_back(static_cast<std::int64_t>(e.values.size() / 2));
-  if (joins(e.word)) words.push_back(static_cast<std::int64_t>(e.parts.size()));
-  words.insert(words.end(), e.values.begin(), e.values.end());
-  for (const Expression& part : e.parts) {
-    const Words inner = encode(part);
-    words.insert(words.end(), inner.begin(), inner.end());
-  }
+  Words words;
+  words.reserve(kUsualWords);
+  append(words, e);
   return words;
 }
 

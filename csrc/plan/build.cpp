@@ -46,6 +46,7 @@ class Builder {
         layers_(parts_.layers()),
         listed_positions_(parts_.positions),
         listing_(listing),
+        target_(target),
         listed_pair_(pairs_for_listed(target)) {
     plan_.sizes = sizes;
     plan_.tile = tile;
@@ -177,10 +178,11 @@ class Builder {
     for (std::uint32_t r = tile.first_run; r < tile.end_run; ++r) {
       const Run& run = pass_->runs[r];
       const std::int64_t keys = token_set(run.key_tile, run.key_tile + run.count).count;
-      plan_.visited += tile.rows.count * keys;
       if (run.mask == kFull) {
+        plan_.visited += tile.rows.count * keys;
         plan_.pairs += owned_rows * keys;
       } else {
+        plan_.visited += plan_.computed[static_cast<std::size_t>(run.mask)];
         for (const std::uint64_t bits : plan_.masks[static_cast<std::size_t>(run.mask)]) {
           plan_.pairs += __builtin_popcountll(bits & tile.owned);
         }
@@ -275,7 +277,24 @@ class Builder {
     if (std::all_of(mask.begin(), end, [](std::uint64_t bits) { return bits == 0; }))
       return kNothing;
     plan_.masks.push_back(mask);
+    plan_.computed.push_back(computed_pairs(mask, keys.count));
     return static_cast<std::int32_t>(plan_.masks.size() - 1);
+  }
+
+  std::int32_t computed_pairs(const Mask& mask, std::int64_t keys) const {
+    const auto rows = static_cast<std::int32_t>(positions_.count);
+    const auto key_count = static_cast<std::int32_t>(keys);
+    if (target_ == Target::kGpu) return rows * key_count;
+    std::int32_t pairs = 0;
+    for (std::int32_t first = 0; first < rows; first += kVectorRows) {
+      const std::int32_t count = std::min(rows - first, kVectorRows);
+      const std::uint64_t group = low_bits(count) << first;
+      std::int32_t begin = 0, end = key_count;
+      while (begin < end && !(mask[index(begin)] & group)) ++begin;
+      while (begin < end && !(mask[index(end - 1)] & group)) --end;
+      pairs += count * (end - begin);
+    }
+    return pairs;
   }
 
   bool is_sparse(const Mask& mask, const TokenSet& keys) const {
@@ -341,6 +360,7 @@ class Builder {
   Terms layers_;
   TokenList listed_positions_;  // those that queries stand at
   Listing listing_;
+  Target target_;
   std::int64_t listed_pair_;
   std::vector<Pair> loose_;  // pairs that no tile holds
   std::unordered_map<Signature, std::int32_t, SignatureHash> mask_ids_;
@@ -360,8 +380,8 @@ Plan build_plan(const Terms& terms, Sizes sizes, TileShape tile, Listing listing
 }
 
 std::int64_t Plan::bytes() const {
-  std::int64_t total =
-      bytes_of(token_list) + bytes_of(masks) + bytes_of(lists->starts) + bytes_of(lists->keys);
+  std::int64_t total = bytes_of(token_list) + bytes_of(masks) + bytes_of(computed) +
+                       bytes_of(lists->starts) + bytes_of(lists->keys);
   for (const Pass& pass : passes) {
     total += bytes_of(pass.row_tiles) + bytes_of(pass.key_tiles) + bytes_of(pass.runs);
   }

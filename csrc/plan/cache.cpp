@@ -17,6 +17,14 @@ LruCache<Schedule>& schedules() {
   return cache;
 }
 
+Words schedule_key(const Expression& expression, Sizes sizes, Direction direction,
+                   std::int64_t heads, int chunks) {
+  Words key = encode(expression);
+  key.insert(key.end(),
+             {sizes.n_q, sizes.n_k, static_cast<std::int64_t>(direction), heads, chunks});
+  return key;
+}
+
 }  // namespace
 
 std::shared_ptr<const Plan> plan_of(const Expression& expression, Sizes sizes,
@@ -40,10 +48,13 @@ std::shared_ptr<const Schedule> schedule_of(const Expression& expression, Sizes 
     return std::make_shared<const Schedule>(std::move(plan), direction, cut);
   };
   if (tensor_count(expression) > 0) return make();
-  Words key = encode(expression);
-  key.insert(key.end(),
-             {sizes.n_q, sizes.n_k, static_cast<std::int64_t>(direction), heads, chunks});
-  return schedules().get(key, make);
+  return schedules().get(schedule_key(expression, sizes, direction, heads, chunks), make);
+}
+
+std::shared_ptr<const Schedule> kept_schedule(const Expression& expression, Sizes sizes,
+                                              Direction direction, std::int64_t heads, int chunks) {
+  if (tensor_count(expression) > 0) return nullptr;
+  return schedules().find(schedule_key(expression, sizes, direction, heads, chunks));
 }
 
 void clear_plan_cache() {

@@ -20,6 +20,11 @@ std::shared_ptr<const Schedule> schedule_of(const Expression& expression, Sizes 
                                             const PatternTensor* tensors, Direction direction,
                                             std::int64_t heads, int chunks = 0);
 
+/// The same if it is at hand, else null. Much quicker than making one.
+std::shared_ptr<const Schedule> kept_schedule(const Expression& expression, Sizes sizes,
+                                              Direction direction, std::int64_t heads,
+                                              int chunks = 0);
+
 void clear_plan_cache();
 std::int64_t plan_cache_size();
 

@@ -25,13 +25,7 @@ class LruCache {
   /// the same value agree on it.
   template <class Make>
   std::shared_ptr<const Value> get(const Words& key, Make make) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (const auto found = index_.find(key); found != index_.end()) {
-        order_.splice(order_.begin(), order_, found->second);
-        return found->second->second;
-      }
-    }
+    if (std::shared_ptr<const Value> kept = find(key)) return kept;
     std::shared_ptr<const Value> made = make();
     const std::lock_guard<std::mutex> lock(mutex_);
     if (const auto found = index_.find(key); found != index_.end()) return found->second->second;
@@ -41,6 +35,15 @@ class LruCache {
     while (order_.size() > kMostEntries || (bytes_ > kMostBytes && order_.size() > 1))
       drop_oldest();
     return made;
+  }
+
+  /// Null if there is none.
+  std::shared_ptr<const Value> find(const Words& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = index_.find(key);
+    if (found == index_.end()) return nullptr;
+    order_.splice(order_.begin(), order_, found->second);
+    return found->second->second;
   }
 
   void clear() {

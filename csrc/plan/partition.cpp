@@ -9,7 +9,8 @@ namespace sparse_attn {
 namespace {
 
 /// Enough shares to keep 32 threads busy; a share below 32 tile visits (about 0.2 ms) is not worth
-/// its bookkeeping.
+/// its bookkeeping. Their number is a power of two, as that of the threads often is: with 5 shares
+/// the fifth keeps one of two threads waiting.
 constexpr std::int64_t kTargetShares = 32;
 constexpr std::int64_t kLeastVisits = 32;
 
@@ -76,21 +77,48 @@ class Partitioner {
     }
   }
 
-  /// The first chunk whose short rows touch each key tile; a tile that none touches goes with its
-  /// share of the keys.
-  std::vector<int> homes() const {
-    std::vector<int> home(pass_.key_tiles.size(), -1);
-    const Run* runs = pass_.runs.data();
+  /// The chunks that touch each key tile, in order.
+  std::vector<std::vector<int>> touched() const {
+    std::vector<std::vector<int>> by(pass_.key_tiles.size());
+    const Run* runs = out_.runs.data();
     for (const Piece& piece : pieces_) {
       for_each_visit(runs + piece.segment.first_run, runs + piece.segment.end_run,
                      [&](std::int32_t tile, std::int32_t) {
-                       if (home[index(tile)] < 0) home[index(tile)] = piece.chunk;
+                       std::vector<int>& chunks = by[index(tile)];
+                       if (chunks.empty() || chunks.back() != piece.chunk)
+                         chunks.push_back(piece.chunk);
                      });
     }
+    return by;
+  }
+
+  /// How many long row tiles visit each key tile.
+  std::vector<std::int64_t> long_visits() const {
+    std::vector<std::int64_t> visits(pass_.key_tiles.size());
+    for (std::size_t i = 0; i < long_.size(); ++i) {
+      if (!long_[i]) continue;
+      const RowTile& row = pass_.row_tiles[i];
+      for_each_visit(pass_.runs.data() + row.first_run, pass_.runs.data() + row.end_run,
+                     [&](std::int32_t tile, std::int32_t) { ++visits[index(tile)]; });
+    }
+    return visits;
+  }
+
+  /// The chunk in which long rows visit each key tile: of those whose short rows touch it, as they
+  /// have a place for its gradient, the one with the least to do; a tile that none touches goes
+  /// with its share of the keys.
+  std::vector<int> homes() const {
+    std::vector<std::int64_t> work(index(chunks_));
+    for (const Piece& piece : pieces_)
+      work[index(piece.chunk)] += weights_[index(piece.segment.row_tile)] + 1;
+    const auto has_less = [&](int a, int b) { return work[index(a)] < work[index(b)]; };
+    const std::vector<std::vector<int>> by = touched();
+    const std::vector<std::int64_t> visits = long_visits();
+    std::vector<int> home(by.size());
     for (std::size_t t = 0; t < home.size(); ++t) {
-      if (home[t] < 0)
-        home[t] = static_cast<int>(static_cast<std::int64_t>(t) * chunks_ /
-                                   static_cast<std::int64_t>(home.size()));
+      home[t] = by[t].empty() ? static_cast<int>(t * index(chunks_) / home.size())
+                              : *std::min_element(by[t].begin(), by[t].end(), has_less);
+      work[index(home[t])] += visits[t];
     }
     return home;
   }
@@ -144,25 +172,13 @@ class Partitioner {
   /// The first chunk to touch a tile of the partition adds to the gradient itself; the others, and
   /// all that touch a gathered tile, whose keys are in the partition too, get a slot.
   void share_key_tiles() {
-    std::vector<std::vector<int>> touched(pass_.key_tiles.size());
-    for (int c = 0; c < chunks_; ++c) {
-      const Chunk& chunk = out_.chunks[index(c)];
-      for (std::uint32_t s = chunk.first_segment; s < chunk.end_segment; ++s) {
-        const Segment& segment = out_.segments[s];
-        const Run* runs = out_.runs.data();
-        for_each_visit(runs + segment.first_run, runs + segment.end_run,
-                       [&](std::int32_t tile, std::int32_t) {
-                         std::vector<int>& by = touched[index(tile)];
-                         if (by.empty() || by.back() != c) by.push_back(c);
-                       });
-      }
-    }
+    const std::vector<std::vector<int>> by = touched();
     std::vector<std::vector<SharedTile>> shared(index(chunks_));
-    for (std::size_t t = 0; t < touched.size(); ++t) {
+    for (std::size_t t = 0; t < by.size(); ++t) {
       const bool gathered = static_cast<std::int64_t>(t) >= pass_.affine_key_tiles;
       const std::int32_t first = out_.key_slots;
-      for (std::size_t i = gathered ? 0 : 1; i < touched[t].size(); ++i) {
-        shared[index(touched[t][i])].push_back({static_cast<std::int32_t>(t), out_.key_slots++});
+      for (std::size_t i = gathered ? 0 : 1; i < by[t].size(); ++i) {
+        shared[index(by[t][i])].push_back({static_cast<std::int32_t>(t), out_.key_slots++});
       }
       if (out_.key_slots > first)
         out_.key_reductions.push_back({static_cast<std::int32_t>(t), first, out_.key_slots});
@@ -239,7 +255,9 @@ int chunk_count(const Plan& plan, std::int64_t heads) {
     for (const Run& run : pass.runs) visits += run.count;
   }
   const std::int64_t wanted = (kTargetShares + heads - 1) / std::max<std::int64_t>(heads, 1);
-  return static_cast<int>(std::max<std::int64_t>(1, std::min(wanted, visits / kLeastVisits)));
+  int chunks = 1;
+  while (chunks < wanted && 2 * chunks * kLeastVisits <= visits) chunks *= 2;
+  return chunks;
 }
 
 }  // namespace sparse_attn

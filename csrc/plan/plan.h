@@ -36,11 +36,12 @@ struct Plan {
   std::vector<Pass> passes;
   std::vector<std::int64_t> token_list;  // listed rows (as query indices) and gathered keys
   std::vector<Mask> masks;
+  std::vector<std::int32_t> computed;  // pairs of each mask that the kernels compute
   /// For each query the keys that no tile holds.
   std::shared_ptr<const Lists> lists = std::make_shared<const Lists>();
 
   std::int64_t pairs = 0;    // allowed (query, key) pairs, exactly
-  std::int64_t visited = 0;  // pairs in the visited tiles, and those of the lists
+  std::int64_t visited = 0;  // pairs that are computed in the visited tiles, and those of the lists
   std::int64_t unique = 0;   // tiles with a mask of their own: random pairs, data
 
   std::int64_t bytes() const;
@@ -56,8 +57,10 @@ std::int64_t bytes_of(const std::vector<T>& v) {
 /// all.
 enum class Listing { kUnique, kAll };
 
-/// What the plan is for.
+/// What the plan is for. The kernels of a CPU skip, in a tile with a mask, the keys before the
+/// first and after the last that any of kVectorRows rows sees; those of a GPU compute all of it.
 enum class Target { kCpu, kGpu };
+constexpr int kVectorRows = 16;
 
 /// A pair of a list takes about as long as so many pairs of a tile: a tile with fewer pairs than
 /// one in so many is listed.

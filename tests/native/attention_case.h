@@ -134,9 +134,15 @@ struct Shape {
 /// How much larger than float32's (or float64's) the errors of the products are, where they are
 /// rounded further: those of logits, and those of P and dS before they are multiplied.
 struct Precision {
+  static constexpr double kUnit = 8 * 0x1p-24;  // what the bounds are made of
   double logits = 1.0;
   double probabilities = 0.0;
 };
+
+/// Of products that read P and dS rounded to a half type.
+inline Precision half_products(DataType type) {
+  return {1.0, (type == DataType::kBFloat16 ? 0x1p-8 : 0x1p-11) / Precision::kUnit};
+}
 
 /// The inputs of forward and backward.
 struct Case {

@@ -13,12 +13,11 @@
 namespace attention {
 
 /// That of the type; on tensor cores with the rounding of P and dS to it, and of all operands to
-/// TF32, in units of the 8 * 2^-24 that the bounds are made of.
+/// TF32.
 inline Precision precision_of(const cuda::Kernels& kernels, DataType type) {
   if (std::string(kernels.path) == "simt") return {};
-  constexpr double kUnit = 8 * 0x1p-24;
-  if (type == DataType::kFloat32) return {2 * 0x1p-11 / kUnit, 2 * 0x1p-11 / kUnit};
-  return {1.0, (type == DataType::kBFloat16 ? 0x1p-8 : 0x1p-11) / kUnit};
+  if (type != DataType::kFloat32) return half_products(type);
+  return {2 * 0x1p-11 / Precision::kUnit, 2 * 0x1p-11 / Precision::kUnit};
 }
 
 /// One plan for each of the case's patterns, laid out where the kernels read it.

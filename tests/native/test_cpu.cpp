@@ -22,10 +22,16 @@ std::vector<const char*> isas() {
   return names;
 }
 
+/// bfloat16 on AMX tiles, which round P and dS to it and take subnormal numbers for zero.
+bool on_tiles(const std::string& isa, DataType type) {
+  return isa == "x86-64-amx" && type == DataType::kBFloat16;
+}
+
 /// All instruction sets on one case, each with 1 and 3 threads.
 void check_case(Case& c) {
   for (const char* isa : isas()) {
     check::context = std::string(isa) + ", " + c.to_string();
+    c.precision = on_tiles(isa, c.type) ? half_products(c.type) : Precision{};
     const cpu::Kernels& kernels = *cpu::kernels(isa, c.type);
     const Results results = run(kernels, c, 1);
     CHECK(run(kernels, c, 3) == results);
@@ -219,7 +225,9 @@ void test_half_values_pass_through() {
         check::context = isa;
         const Results results = run(*cpu::kernels(isa, type), c, 1);
         for (std::int64_t v = 0; v < shape.value_dim; ++v) {
-          const double expected = c.value.get(0, 0, 0, v), got = results.output.get(0, 0, 0, v);
+          const double value = c.value.get(0, 0, 0, v), got = results.output.get(0, 0, 0, v);
+          const bool flushed = on_tiles(isa, type) && std::fabs(value) < 0x1p-126;
+          const double expected = flushed ? 0.0 : value;
           CHECK(std::isnan(expected) ? std::isnan(got) : got == expected);
         }
       }

@@ -1,5 +1,5 @@
 // The vector code itself, for the instruction set that this file is compiled for: exp, the half
-// types, transposition, products.
+// types, transposition, products, and the part of a tile that is computed.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -9,6 +9,7 @@
 #include "cpu/gemm.h"
 #include "cpu/softmax.h"
 #include "cpu/tile.h"
+#include "cpu/visible_blocks.h"
 #include "random_patterns.h"
 #include "scalar_types.h"
 
@@ -220,6 +221,81 @@ void test_gemm() {
   }
 }
 
+/// How often the blocks compute each pair of a key and a vector of queries.
+template <class T>
+using Coverage = std::vector<std::vector<int>>;
+
+template <class T, class Part>
+Coverage<T> coverage(const sparse_attn::Array<Part>& parts, int keys, int vectors) {
+  Coverage<T> times(static_cast<std::size_t>(keys),
+                    std::vector<int>(static_cast<std::size_t>(vectors)));
+  for (const Part& part : parts) {
+    CHECK(0 <= part.keys.begin && part.keys.end <= keys && !part.keys.empty());
+    CHECK(0 <= part.vectors.begin && part.vectors.end <= vectors && !part.vectors.empty());
+    for (int k = part.keys.begin; k < part.keys.end; ++k) {
+      for (int v = part.vectors.begin; v < part.vectors.end; ++v)
+        ++times[static_cast<std::size_t>(k)][static_cast<std::size_t>(v)];
+    }
+  }
+  return times;
+}
+
+/// Both ways compute the same pairs once, all that are seen among them. Returns how many.
+template <class T>
+int check_visible(const std::vector<uint64_t>& words, int queries) {
+  const int keys = static_cast<int>(words.size());
+  const int vectors = round_up(queries, kLanes<T>) / kLanes<T>;
+  VisibleBlocks<T> blocks;
+  blocks.set(words.data(), keys, vectors);
+  const Coverage<T> columns = coverage<T>(blocks.columns(), keys, vectors);
+  CHECK(columns == coverage<T>(blocks.rows(), keys, vectors));
+  int computed = 0;
+  for (int k = 0; k < keys; ++k) {
+    for (int v = 0; v < vectors; ++v) {
+      const int times = columns[static_cast<std::size_t>(k)][static_cast<std::size_t>(v)];
+      const uint64_t lanes = ~uint64_t{0} >> (64 - kLanes<T>) << (v * kLanes<T>);
+      CHECK(times <= 1);
+      CHECK(times == 1 || (words[static_cast<std::size_t>(k)] & lanes) == 0);
+      computed += times * kLanes<T>;
+    }
+  }
+  return computed;
+}
+
+/// The queries r of 64 that see key k when |r + shift - k| <= reach.
+std::vector<uint64_t> band(int keys, int shift, int reach) {
+  std::vector<uint64_t> words(static_cast<std::size_t>(keys));
+  for (int k = 0; k < keys; ++k) {
+    for (int r = 0; r < kMaxTile; ++r) {
+      if (std::abs(r + shift - k) <= reach) words[static_cast<std::size_t>(k)] |= uint64_t{1} << r;
+    }
+  }
+  return words;
+}
+
+template <class T>
+void test_visible_blocks() {
+  Random random(5);
+  for (int i = 0; i < 2000; ++i) {
+    const int keys = static_cast<int>(random.between(1, kMaxTile));
+    const int queries = static_cast<int>(random.between(1, kMaxTile));
+    check_visible<T>(band(keys, static_cast<int>(random.between(-70, 70)),
+                          static_cast<int>(random.between(0, 70))),
+                     queries);
+    std::vector<uint64_t> sparse(static_cast<std::size_t>(keys));
+    for (uint64_t& word : sparse) {
+      if (random.between(0, 3) == 0) word = uint64_t{1} << random.between(0, 63);
+    }
+    check_visible<T>(sparse, queries);
+  }
+  CHECK_EQUAL(check_visible<T>(std::vector<uint64_t>(64, ~uint64_t{0}), 64), 64 * 64);
+  CHECK_EQUAL(check_visible<T>(std::vector<uint64_t>(64, 0), 64), 0);
+  CHECK_EQUAL(check_visible<T>(std::vector<uint64_t>(64, 1), 64), 64 * kLanes<T>);
+  // Edges of a window: triangles, of which little more than a half is computed.
+  CHECK(check_visible<T>(band(64, 64, 64), 64) < 64 * 64 * 7 / 10);
+  CHECK(check_visible<T>(band(64, -64, 64), 64) < 64 * 64 * 7 / 10);
+}
+
 #if defined(__x86_64__)
 bool runs_here() {
 #if defined(__AVX512F__)
@@ -261,5 +337,7 @@ int main() {
   test_keep_lanes<double>();
   test_gemm<float>();
   test_gemm<double>();
+  test_visible_blocks<float>();
+  test_visible_blocks<double>();
   return check::report();
 }

@@ -1,0 +1,1 @@
+"""How time and memory grow: the attentions measured, the processes that measure them, the fits."""
