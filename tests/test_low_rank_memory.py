@@ -1,4 +1,5 @@
-"""Memory of the attentions of low rank, and of a gate for each key, is linear in the length."""
+"""Memory of the attentions of low rank, of Performer, and of a gate for each key, is linear in the
+length."""
 
 import subprocess
 import sys
@@ -36,6 +37,8 @@ CALLS = {
     "linformer": ("linformer_attention(query, key, value, some.requires_grad_())", 16),
     "nystrom": ("nystrom_attention(query, key, value, 16)", 24),
     "low_rank": ("low_rank_attention(few, key, value, 8)", 24),
+    # The features of one side would be 16.
+    "performer": ("performer_attention(query, key, value, num_features=256)", 12),
     "tucker": ("tucker_attention(few, key, value, (1, 8, 8))", 24),
     "gate_of_keys": ("dynamic_attention(few, key, value, lambda q, k, v: k.mean(-1)[:, None])", 16),
 }
