@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from plotting import pyplot
 from record import DIRECTIONS, DTYPES, OURS, PROBLEM, TITLES, USUAL_LENGTH, by_problem
 
 LIMIT = "limit"
@@ -21,15 +22,6 @@ LABELS = {
 }
 _PALETTE = "#c1272d #b0b0b0 #707070 #1f77b4 #2ca02c #98c379 #9467bd #e0a030 #17a2b8 #0b5563"
 COLORS = dict(zip(LABELS, _PALETTE.split(), strict=True))
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def _most_common(rows: list[dict], **fields: object) -> list[dict]:
@@ -68,7 +60,7 @@ def bars(report: dict, path: Path) -> Path | None:
     length = USUAL_LENGTH if USUAL_LENGTH in lengths else max(lengths, key=lengths.count)
     rows = [row for row in rows if row["length"] == length]
     problems = by_problem(rows)
-    plt = _pyplot()
+    plt = pyplot()
     size = (max(8.0, 2.2 + 1.5 * len(problems)), 8.5)
     figure, panels = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
     shown = [p for p in LABELS if any("median_ms" in r for r in rows if r["peer"] == p)]
@@ -128,7 +120,7 @@ def lines(report: dict, path: Path) -> Path | None:
     over_n, over_w = _series(rows)
     if not over_n and not over_w:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     columns = [x for x in (("N", over_n), ("w", over_w)) if x[1]]
     figure, panels = plt.subplots(
         2, len(columns), figsize=(6.8 * len(columns), 9.5), squeeze=False, layout="constrained"
@@ -196,7 +188,7 @@ def types(report: dict, path: Path) -> Path | None:
     cases = [c for c in cases if sum(key[0] == c for key, _ in problems) == len(kinds)]
     if len(kinds) < 3 or not cases:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     figure, panels = plt.subplots(2, 1, figsize=(2.4 + 2 * len(cases), 8), layout="constrained")
     width, colors = 0.86 / len(kinds), plt.get_cmap("tab20").colors
     for panel, direction in zip(panels, DIRECTIONS, strict=True):

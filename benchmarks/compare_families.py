@@ -20,6 +20,7 @@ from pathlib import Path
 import report
 import torch
 from families import OURS, Call, clustered, linear, low_rank, selection
+from plotting import pyplot
 from timing import Samples, interleave
 
 FAMILIES = {
@@ -72,11 +73,7 @@ def print_table(found: dict) -> None:
 
 def draw(found: dict, title: str, path: Path) -> None:
     """How many times our time the others take, a bar for each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = [
         (f"{case}: {who}", [found[case][d][who]["ratio"] for d in report.DIRECTIONS])
         for case, directions in reversed(found.items())

@@ -20,6 +20,7 @@ from pathlib import Path
 import report
 import torch
 import torch.nn.functional as F
+from plotting import pyplot
 from timing import interleave
 from torch import Tensor
 
@@ -118,11 +119,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def draw(rows: list[dict], path: Path) -> None:
     """The PNG: tokens per second and bytes over the length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for panel, key, scale, label in (
         (axes[0], "tokens_per_second", 1, "tokens per second"),

@@ -29,6 +29,7 @@ from pathlib import Path
 import report
 import torch
 import torch.nn.functional as F
+from plotting import pyplot
 from timing import interleave
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -193,11 +194,7 @@ def draw_recomputation(axes, rows: list[dict]) -> None:
 
 def draw(result: dict, path: Path) -> None:
     """The PNG: loss, gradient norm, and recomputation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     runs = result["runs"]
     figure, (loss, norm, memory) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     draw_training(loss, runs, lambda run: smooth(run["loss"]), "bits per byte")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
-import statistics
 from collections import defaultdict
 
+from growth.fit import exponent
 from record import PROBLEM
 
 #: Cases and what they are compared with.
@@ -19,12 +18,6 @@ PAIRS = {
     "causal256": "window256",
 }
 LEAST_POINTS = 3
-
-
-def exponent(points: dict[float, float]) -> float:
-    """The slope of the logarithms."""
-    x, y = ([math.log(value) for value in values] for values in (points, points.values()))
-    return statistics.linear_regression(x, y).slope
 
 
 def growth(rows: list[dict]) -> list[dict]:
@@ -41,7 +34,12 @@ def growth(rows: list[dict]) -> list[dict]:
             over_w = {"variable": "reach", "length": row["length"]} | same
             lines[tuple(over_w.items())][int(reach[1])] = row["median_ms"]
     return [
-        dict(line) | {"from": min(points), "to": max(points), "exponent": exponent(points)}
+        dict(line)
+        | {
+            "from": min(points),
+            "to": max(points),
+            "exponent": exponent(list(points), list(points.values())),
+        }
         for line, points in lines.items()
         if len(points) >= LEAST_POINTS
     ]

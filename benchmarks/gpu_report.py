@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from plotting import pyplot
+
 OURS = "sparse_attn"
 DENSE = ("sdpa_flash", "cudnn")
 # An implementation that is further from float64 than this computes something else.
@@ -96,11 +98,7 @@ def lines(title: str, rows: list[dict]) -> str:
 
 def chart(result: dict, path: Path) -> None:
     """Useful TFLOP/s of ours and of the best sparse and dense peers, forward and backward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     found = groups(result["results"])
     kinds = {"sparse_attn": "#c1272d", "best sparse peer": "#1f4e8c", "dense": "#aaaaaa"}
     calls = list(dict.fromkeys(key[:-1] for key in found))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from plotting import pyplot
+
 ARITHMETIC, OVERHEAD = "#b9b9b9", "#c1272d"
 ARITHMETIC_STAGE = "arithmetic"  # in the names of the stages that are no overhead
 
@@ -48,11 +50,7 @@ def table(result: dict) -> str:
 
 def draw(result: dict, path: Path) -> None:
     """Times of a call with one head, split, and the stages."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = [
         row
         for row in result["rows"]

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from plotting import pyplot
 from record import DIRECTIONS, TITLES
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def _machine(result: dict) -> str:
@@ -40,7 +32,7 @@ def _times(entry: dict, over: str, direction: str) -> tuple:
 
 def draw_growth(result: dict, path: Path) -> None:
     """Time and memory over the length, and a window's time over its reach, all logarithmic."""
-    plt = _pyplot()
+    plt = pyplot()
     colors, methods = plt.get_cmap("tab10"), result["methods"]
     figure, panels = plt.subplots(2, 2, figsize=(13, 11), layout="constrained")
     for panel, direction in zip(panels[0], DIRECTIONS, strict=True):
@@ -77,7 +69,7 @@ def _draw_reaches(panel, found: dict | None, colors) -> None:
 
 def draw_longest(result: dict, path: Path) -> None:
     """A bar for each method and budget."""
-    plt = _pyplot()
+    plt = pyplot()
     budgets, found = result["budgets"], result["longest"]
     names = list(reversed(found))
     figure, panels = plt.subplots(

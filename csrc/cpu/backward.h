@@ -106,7 +106,7 @@ class PairGradients {
   }
 
   SPARSE_ATTN_INLINE void add(T* grad_query, AddTo<T> to_key, AddTo<T> to_value) {
-    now_.find_visible(rows_.vectors, visible_);
+    visible_.set(now_.words, now_.count, rows_.vectors);
     set_probabilities();
     const LogitGradients<T> logits{ds_, probabilities_, rows_.delta, static_cast<T>(p_.scale)};
     if (modifiers_.drops()) {

@@ -87,7 +87,7 @@ class ForwardTile {
   SPARSE_ATTN_INLINE void attend(const RowState<T>& state, int32_t key_tile, int32_t mask) {
     KeyTile<T> keys;
     if (!keys_.get(key_tile, mask, keys)) return;
-    keys.find_visible(vectors_, visible_);
+    visible_.set(keys.words, keys.count, vectors_);
     set_logits(keys);
     if (modifiers_.exist()) modifiers_.set_keys(keys_.tile(key_tile), list_);
     if (modifiers_.shapes()) modifiers_.shape(logits_, vectors_, keys.words);

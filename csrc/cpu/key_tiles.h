@@ -5,7 +5,6 @@
 #include "params.h"
 #include "scheduler.h"
 #include "tile.h"
-#include "visible_blocks.h"
 
 namespace {
 
@@ -16,15 +15,6 @@ struct KeyTile {
   Rows<T> key;
   Rows<T> value;
   const uint64_t* words;
-
-  /// What of the pairs with vectors of queries is worth computing.
-  void find_visible(int vectors, VisibleBlocks<T>& blocks) const {
-    if (words) {
-      blocks.set(words, count, vectors);
-    } else {
-      blocks.set_all(count, vectors);
-    }
-  }
 };
 
 /// Which keys of the tiles of one head count, and the masks that say so.

@@ -28,25 +28,12 @@ struct VisibleRows {
 template <class T>
 class VisibleBlocks {
  public:
-  /// All pairs.
-  void set_all(int keys, int vectors) {
-    set_size(keys, vectors);
-    columns_[0] = {{0, vectors}, {0, keys}};
-    rows_[0] = {{0, keys}, {0, vectors}};
-    column_count_ = row_count_ = 1;
-  }
-
-  /// What `words` allow: bit r of word k is set if query r sees key k.
+  /// What `words` allow: bit r of word k is set if query r sees key k. Null allows all.
   void set(const uint64_t* words, int keys, int vectors) {
-    set_size(keys, vectors);
-    column_count_ = 0;
-    uint64_t any = 0;
-    for (int k = 0; k < keys; ++k) any |= words[k];
-    for (int v = 0; v < vectors; ++v) {
-      const uint64_t lanes = ~uint64_t{0} >> (64 - kLanes<T>) << (v * kLanes<T>);
-      if (any & lanes) add_vector(v, keys_of(words, lanes));
-    }
-    if (!set_rows()) set_all(keys, vectors);
+    keys_ = keys;
+    vectors_ = vectors;
+    if (words) set_columns(words);
+    if (!words || !set_rows()) set_all();
   }
 
   Range keys() const { return {0, keys_}; }
@@ -63,9 +50,20 @@ class VisibleBlocks {
   static constexpr int kStep = kBlockRows<kBlockVectors>;
   static constexpr int kSteps = (kMaxTile + kStep - 1) / kStep;
 
-  void set_size(int keys, int vectors) {
-    keys_ = keys;
-    vectors_ = vectors;
+  void set_all() {
+    columns_[0] = {{0, vectors_}, {0, keys_}};
+    rows_[0] = {{0, keys_}, {0, vectors_}};
+    column_count_ = row_count_ = 1;
+  }
+
+  void set_columns(const uint64_t* words) {
+    column_count_ = 0;
+    uint64_t any = 0;
+    for (int k = 0; k < keys_; ++k) any |= words[k];
+    for (int v = 0; v < vectors_; ++v) {
+      const uint64_t lanes = ~uint64_t{0} >> (64 - kLanes<T>) << (v * kLanes<T>);
+      if (any & lanes) add_vector(v, keys_of(words, lanes));
+    }
   }
 
   /// The keys that any of the lanes sees; there is one.

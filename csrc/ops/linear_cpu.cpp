@@ -8,6 +8,7 @@
 #include "ops/linear.h"
 #include "ops/tensors.h"
 #include "ops/threads.h"
+#include "ops/workspace.h"
 
 namespace sparse_attn {
 namespace {
@@ -35,8 +36,8 @@ template <class Params>
 void run(Params& params, std::int64_t (*size)(const Params&, int),
          void (*kernel)(const Params&, const Parallel&)) {
   const Parallel parallel = torch_threads();
-  const at::Tensor workspace = at::empty({size(params, parallel.threads)}, at::kByte);
-  params.workspace = workspace.mutable_data_ptr();
+  const Workspace workspace(size(params, parallel.threads));
+  params.workspace = workspace.data();
   kernel(params, parallel);
 }
 
