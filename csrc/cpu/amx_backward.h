@@ -54,7 +54,7 @@ class AmxPairGradients {
     return true;
   }
 
-  void add(float* grad_query, AddTo<float> to_key, AddTo<float> to_value) {
+  void add(float* grad_query, AddTo<float> to_key, AddTo<float> to_value, FetchStack& fetches) {
     const bool modified = modifiers_.exist();
     if (modified) {
       for (int first = 0; first < row_tiles_; first += kAmxColumns)
@@ -63,10 +63,10 @@ class AmxPairGradients {
     }
     for (int first = 0; first < row_tiles_; first += kAmxColumns) {
       if (modified) {
-        narrow(Modified{scores_, gradients_}, first);
+        narrow(Modified{scores_, gradients_}, first, fetches.take());
       } else {
         multiply(first, 0, kAmxColumns * kAmxRows);
-        narrow(Plain(*this), first);
+        narrow(Plain(*this), first, fetches.take());
       }
       amx_product<true>(round_up(rows_.query.size(), kAmxRows) / kAmxRows, kAmxColumns,
                         round_up(now_.count, kAmxSum) / kAmxSum, now_.columns,
@@ -159,17 +159,17 @@ class AmxPairGradients {
   }
 
   template <class Values>
-  void narrow(const Values& values, int first) {
+  void narrow(const Values& values, int first, FetchBlock ahead) {
     if (now_.words || rows_.live != ~uint64_t{0}) {
-      narrow_columns<true>(values, first);
+      narrow_columns<true>(values, first, ahead);
     } else {
-      narrow_columns<false>(values, first);
+      narrow_columns<false>(values, first, ahead);
     }
   }
 
   /// Writes P and dS as the products take them, zero where the mask or a row without keys says so.
   template <bool kMasked, class Values>
-  __attribute__((noinline)) void narrow_columns(const Values& values, int first) {
+  __attribute__((noinline)) void narrow_columns(const Values& values, int first, FetchBlock ahead) {
     const int keys = round_up(now_.count, kAmxSum);
     for (int k = 0; k < keys; k += 2) {
       PairOfVectors of[2][kAmxColumns];
@@ -181,6 +181,7 @@ class AmxPairGradients {
         for (int v = 0; v < kAmxColumns; ++v) {
           const __mmask16 lanes = kMasked ? lanes_of(word, first + v) : kAllLanes;
           const PairOfVectors x = values(k + i, first + v, v);
+          ahead.fetch(k + i, v);
           of[i][v] = {_mm512_maskz_mov_ps(lanes, x.p), _mm512_maskz_mov_ps(lanes, x.ds)};
         }
         const int at = (k + i) * kMaxTile + first * kAmxRows;

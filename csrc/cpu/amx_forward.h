@@ -40,7 +40,7 @@ class AmxForwardTile {
     modifiers_.set_rows(tile, list_);
   }
 
-  void attend(const RowState<float>& state, int32_t key_tile, int32_t mask) {
+  void attend(const RowState<float>& state, int32_t key_tile, int32_t mask, FetchStack& fetches) {
     AmxKeyTile keys;
     if (!keys_.get(key_tile, mask, keys)) return;
     const auto scale = static_cast<float>(p_.scale);
@@ -51,7 +51,7 @@ class AmxForwardTile {
     }
     for_each_block([&](int first, int vectors) {
       if (plain) {
-        weigh(state, keys, first, vectors, scale);
+        weigh(state, keys, first, vectors, scale, fetches.take());
       } else {
         pair_keys(scores_, keys.words, round_up(keys.count, kAmxSum), first, vectors, pairs_);
       }
@@ -76,11 +76,11 @@ class AmxForwardTile {
   /// The weights of a block. It is small, so that what one step writes is still in the level-1
   /// cache for the next.
   void weigh(const RowState<float>& state, const AmxKeyTile& keys, int first, int vectors,
-             float scale) {
+             float scale, FetchBlock ahead) {
     multiply_keys(keys, first, vectors, {scores_, kAmxColumns * kAmxRows});
     const AmxSoftmax softmax{scores_,  keys.words, round_up(keys.count, kAmxSum),
                              first,    scale,      *state.softmax,
-                             rescale_, pairs_};
+                             rescale_, pairs_,     ahead};
     if (keys.words) {
       amx_softmax<true>(softmax, vectors);
     } else {

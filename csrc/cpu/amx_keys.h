@@ -54,7 +54,7 @@ class AmxKeyTiles {
     out.count = tile.count;
     out.words = seen_.words(tile.count, seen, mask < 0 ? nullptr : plan_->masks[mask], kAmxSum);
     const int entry = kept_.entry(index);
-    const bool fresh = !kept_.holds(entry, index);
+    const bool fresh = !kept_.holds(index);
     out.key = rows(key_, tile, seen, d_, keys_, entry, fresh);
     if (kBackward) out.value = rows(value_, tile, seen, dv_, values_, entry, fresh);
     BFloat16* columns = columns_ + int64_t{entry} * entry_keys_ * column_size();

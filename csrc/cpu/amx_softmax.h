@@ -2,6 +2,7 @@
 #pragma once
 
 #include "amx.h"
+#include "fetch_ahead.h"
 #include "softmax.h"
 
 namespace {
@@ -17,6 +18,7 @@ struct AmxSoftmax {
   SoftmaxState<float>& state;
   float* rescale;
   BFloat16* pairs;
+  FetchBlock ahead;
 
   SPARSE_ATTN_INLINE __m512 score(int k, int v) const {
     return _mm512_loadu_ps(scores + (k * kAmxColumns + v) * kAmxRows);
@@ -70,6 +72,8 @@ SPARSE_ATTN_INLINE void amx_softmax_vectors(const AmxSoftmax& s) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       const __m512 p = weight(k, v), q = weight(k + 1, v);
+      s.ahead.fetch(k, v);
+      s.ahead.fetch(k + 1, v);
       total[v] = _mm512_add_ps(total[v], _mm512_add_ps(p, q));
       store_words(s.pairs + (k / 2 * kAmxColumns + v) * kAmxSum, zip_halves(narrow_both(p, q)));
     }

@@ -105,44 +105,46 @@ class PairGradients {
     return true;
   }
 
-  SPARSE_ATTN_INLINE void add(T* grad_query, AddTo<T> to_key, AddTo<T> to_value) {
+  SPARSE_ATTN_INLINE void add(T* grad_query, AddTo<T> to_key, AddTo<T> to_value,
+                              FetchStack& fetches) {
     visible_.set(now_.words, now_.count, rows_.vectors);
-    set_probabilities();
+    set_probabilities(fetches);
     const LogitGradients<T> logits{ds_, probabilities_, rows_.delta, static_cast<T>(p_.scale)};
     if (modifiers_.drops()) {
-      multiply(now_.value, rows_.grad_output,
+      multiply(now_.value, rows_.grad_output, fetches,
                DroppedLogitGradients<T>{logits, probabilities_,
                                         modifiers_.mark_dropped(probabilities_)});
     } else {
-      multiply(now_.value, rows_.grad_output, logits);
+      multiply(now_.value, rows_.grad_output, fetches, logits);
     }
     if (modifiers_.shapes()) modifiers_.multiply(ds_, slopes_, rows_.vectors);
     sum_over_visible_keys(visible_, rows_.query.size(),
                           Operand<T, false>{now_.key.data, now_.key.stride}, ds_,
-                          AddTo<T>{grad_query, kMaxTile});
+                          Fetching<T, AddTo<T>>{{grad_query, kMaxTile}, fetches.take()});
     add_keys(probabilities_, rows_.grad_output, to_value);
     add_keys(ds_, rows_.query, to_key);
   }
 
  private:
-  SPARSE_ATTN_INLINE void set_probabilities() {
+  SPARSE_ATTN_INLINE void set_probabilities(FetchStack& fetches) {
     const Probabilities<T> all{probabilities_, rows_.lse};
     if (modifiers_.shapes()) {
-      multiply(now_.key, rows_.query, SetTo<T>{probabilities_, kMaxTile});
+      multiply(now_.key, rows_.query, fetches, SetTo<T>{probabilities_, kMaxTile});
       modifiers_.shape(probabilities_, slopes_, rows_.vectors, now_.words, rows_.lse);
     } else if (now_.words) {
-      multiply(now_.key, rows_.query, MaskedProbabilities<T>{all, now_.words});
+      multiply(now_.key, rows_.query, fetches, MaskedProbabilities<T>{all, now_.words});
     } else {
-      multiply(now_.key, rows_.query, all);
+      multiply(now_.key, rows_.query, fetches, all);
     }
   }
 
   /// Products of keys, or values, with rows of the queries.
   template <class Finish>
   SPARSE_ATTN_INLINE void multiply(const Rows<T>& keys, const TileRows<S>& queries,
-                                   const Finish& finish) const {
+                                   FetchStack& fetches, const Finish& finish) const {
     multiply_visible(visible_, queries.size(), Operand<T, true>{keys.data, keys.stride},
-                     queries.columns(), finish);
+                     queries.columns(),
+                     Fetching<T, Finish>{finish, fetches.take(visible_.whole())});
   }
 
   /// Adds up rows of the queries for each key.

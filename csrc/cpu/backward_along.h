@@ -29,7 +29,7 @@ class PairGradientsAlong {
   bool get(int32_t key_tile, int32_t mask) { return pairs_.get(key_tile, mask); }
   bool gather(const Tile& tile, const int64_t* list) { return pairs_.gather(tile, list); }
 
-  void add(T* grad_query, AddTo<T> to_key, AddTo<T> to_value) {
+  void add(T* grad_query, AddTo<T> to_key, AddTo<T> to_value, FetchStack&) {
     pairs_.multiply_inputs();
     pairs_.multiply_gradients();
     pairs_.for_each_gradient([&](int at, int, const PairValues<T>& pair) {

@@ -6,6 +6,7 @@
 // is as good as another), and P is ready for the second product as it stands.
 #pragma once
 
+#include "fetch_ahead.h"
 #include "forward_tile.h"
 #include "listed_forward.h"
 #include "scheduler.h"
@@ -16,8 +17,23 @@ namespace {
 
 using sparse_attn::Reduction;
 using sparse_attn::RowTile;
-using sparse_attn::Run;
-using sparse_attn::Segment;
+
+/// Columns of queries divided by their sums of weights. Without keys they become 0, whatever they
+/// hold: 0 · NaN of a masked key is NaN.
+template <class T>
+class Normalised {
+ public:
+  explicit Normalised(const T* sums) : sums_(sums) {
+    for (int i = 0; i < kMaxTile; i += kLanes<T>) store(factors_ + i, T{1} / load(sums + i));
+  }
+  SPARSE_ATTN_INLINE Vec<T> operator()(Vec<T> x, int column) const {
+    return load(sums_ + column) == T{0} ? Vec<T>{} : x * load(factors_ + column);
+  }
+
+ private:
+  const T* sums_;
+  alignas(64) T factors_[kMaxTile];
+};
 
 template <class S, class TileAtHand = ForwardTile<S>>
 class Forward {
@@ -86,11 +102,14 @@ class Forward {
           output_rows(arena.take<T>(int64_t{kMaxTile} *
                                     round_up(static_cast<int>(params.value_dim), kLanes<T>))),
           tile(arena, params),
+          fetched(arena),
           listed(arena, static_cast<int>(params.head_dim), static_cast<int>(params.value_dim)) {}
 
     RowState<T> state;
     T* output_rows;  // [query][value_dim]
     TileAtHand tile;
+    FetchStack fetches;
+    KeptTiles fetched;
     typename ListedForward<S>::Scratch listed;
   };
 
@@ -130,13 +149,15 @@ class Forward {
     const PassView& pass = plan.passes[pass_index];
     const Chunk& chunk = pass.chunks[chunk_index];
     scratch.tile.start(plan, pass, head);
+    scratch.fetched.start();
     for (uint32_t s = chunk.first_segment; s < chunk.end_segment; ++s) {
-      segment(scratch, head, plan, pass, pass.segments[s], pass_index);
+      const Segment* next = s + 1 < chunk.end_segment ? &pass.segments[s + 1] : nullptr;
+      segment(scratch, head, plan, pass, pass.segments[s], next, pass_index);
     }
   }
 
   void segment(Scratch& scratch, int64_t head, const PlanView& plan, const PassView& pass,
-               const Segment& segment, int64_t pass_index) {
+               const Segment& segment, const Segment* next, int64_t pass_index) {
     const RowTile& row_tile = pass.row_tiles[segment.row_tile];
     const RowState<T> state = segment.slot < 0 ? scratch.state : slot(head, segment.slot);
     const bool resumes = segment.slot < 0 && pass_index > 0;
@@ -144,13 +165,33 @@ class Forward {
     if (resumes) resume(scratch, state, head, plan, row_tile.rows);
     if (segment.first_run < segment.end_run) {
       scratch.tile.load_rows(row_tile.rows);
-      for (uint32_t r = segment.first_run; r < segment.end_run; ++r) {
-        const Run& run = pass.runs[r];
-        for (int32_t i = 0; i < run.count; ++i)
-          scratch.tile.attend(state, run.key_tile + i, run.mask);
-      }
+      expect_rows(scratch, head, row_tile, next ? &pass.row_tiles[next->row_tile] : nullptr);
+      const auto attend = [&](int32_t key_tile, int32_t mask, int32_t following) {
+        if (following >= 0) expect_keys(scratch, head, pass, following);
+        scratch.tile.attend(state, key_tile, mask, scratch.fetches);
+      };
+      for_each_key_tile(pass, segment, next, attend);
     }
     if (segment.slot < 0) finish(scratch, state, head, plan, row_tile);
+  }
+
+  /// Fetches what finishing these rows and beginning the next takes.
+  void expect_rows(Scratch& scratch, int64_t head, const RowTile& tile, const RowTile* next) const {
+    scratch.fetches.clear();
+    if (merges_in_memory_) {
+      scratch.fetches.push(wide_output(head), tile.rows, dv_);
+    } else {
+      scratch.fetches.push(head_of<S>(p_.output, p_.heads, head), tile.rows, dv_);
+    }
+    if (next) scratch.fetches.push(head_of<const S>(p_.query, p_.heads, head), next->rows, d_);
+  }
+
+  void expect_keys(Scratch& scratch, int64_t head, const PassView& pass, int32_t key_tile) const {
+    if (scratch.fetched.holds(key_tile)) return;
+    const int64_t head_kv = head / (p_.heads / p_.heads_kv);
+    const Tile& tile = pass.key_tiles[key_tile];
+    scratch.fetches.push(head_of<const S>(p_.value, p_.heads_kv, head_kv), tile, dv_);
+    scratch.fetches.push(head_of<const S>(p_.key, p_.heads_kv, head_kv), tile, d_);
   }
 
   /// The state that earlier passes left.
@@ -174,25 +215,43 @@ class Forward {
   /// Normalises and writes the rows that this tile owns.
   void finish(Scratch& scratch, const RowState<T>& state, int64_t head, const PlanView& plan,
               const RowTile& tile) {
+    write_softmax(*state.softmax, head, plan, tile);
+    const Normalised<T> normalised(state.softmax->sum);
+    const Rows<T> columns{state.output, kMaxTile};
+    const Head<T> to = wide_output(head);
+    const bool owns_all = tile.owned == all_rows(tile.rows.count);
+    if (to.data && owns_all && tile.rows.list < 0 && dv_ % kLanes<T> == 0) {
+      transpose_rows<T>(to.row(tile.rows, nullptr, 0), to.stride * tile.rows.step, columns, dv_,
+                        tile.rows.count, normalised);
+      return;
+    }
     const int padded = round_up(dv_, kLanes<T>);
-    transpose_rows<T>(scratch.output_rows, padded, {state.output, kMaxTile}, dv_,
-                      round_up(tile.rows.count, kLanes<T>), T{1});
-    const Head<S> output = head_of<S>(p_.output, p_.heads, head);
-    const Head<T> wide = wide_output(head);
+    transpose_rows<T>(scratch.output_rows, padded, columns, dv_, tile.rows.count, normalised);
+    for (int i = 0; i < tile.rows.count; ++i) {
+      if (tile.owned >> i & 1)
+        write_row(head, sparse_attn::token(tile.rows, plan.token_list, i),
+                  scratch.output_rows + i * padded);
+    }
+  }
+
+  void write_softmax(const SoftmaxState<T>& state, int64_t head, const PlanView& plan,
+                     const RowTile& tile) const {
     T* lse = lse_of(head);
     for (int i = 0; i < tile.rows.count; ++i) {
       if (!(tile.owned >> i & 1)) continue;
       const int64_t row = sparse_attn::token(tile.rows, plan.token_list, i);
-      const T sum = state.softmax->sum[i], maximum = state.softmax->maximum[i];
-      lse[row] = keeps_sums_ ? maximum : log_sum_exp(maximum, sum);
-      if (keeps_sums_) sums_of(head)[row] = sum;
-      T* values = scratch.output_rows + i * padded;
-      normalise_row(values, sum, padded);
-      if (merges_in_memory_) {
-        unpack_row<T>(wide.data + row * wide.stride, values, dv_);
-      } else {
-        unpack_row<S>(output.data + row * output.stride, values, dv_);
-      }
+      lse[row] = keeps_sums_ ? state.maximum[i] : log_sum_exp(state.maximum[i], state.sum[i]);
+      if (keeps_sums_) sums_of(head)[row] = state.sum[i];
+    }
+  }
+
+  void write_row(int64_t head, int64_t row, const T* values) const {
+    if (merges_in_memory_) {
+      const Head<T> wide = wide_output(head);
+      unpack_row<T>(wide.data + row * wide.stride, values, dv_);
+    } else {
+      const Head<S> output = head_of<S>(p_.output, p_.heads, head);
+      unpack_row<S>(output.data + row * output.stride, values, dv_);
     }
   }
 

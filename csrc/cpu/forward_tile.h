@@ -2,6 +2,7 @@
 // O = O + Vᵀ P.
 #pragma once
 
+#include "fetch_ahead.h"
 #include "gemm.h"
 #include "key_tiles.h"
 #include "modify.h"
@@ -75,8 +76,8 @@ class ForwardTile {
   }
 
   void load_rows(const Tile& tile) {
-    const Rows<T> rows = whole_vector_rows(head_of<const S>(p_.query, p_.heads, head_), tile, list_,
-                                           d_, all_rows(tile.count), query_rows_);
+    const Rows<T> rows = rows_to_transpose(head_of<const S>(p_.query, p_.heads, head_), tile, list_,
+                                           d_, query_rows_);
     transpose_rows<T>(query_, kMaxTile, rows, tile.count, round_up(d_, kLanes<T>),
                       static_cast<T>(p_.scale));
     vectors_ = round_up(tile.count, kLanes<T>) / kLanes<T>;
@@ -84,11 +85,12 @@ class ForwardTile {
   }
 
   /// One key tile.
-  SPARSE_ATTN_INLINE void attend(const RowState<T>& state, int32_t key_tile, int32_t mask) {
+  SPARSE_ATTN_INLINE void attend(const RowState<T>& state, int32_t key_tile, int32_t mask,
+                                 FetchStack& fetches) {
     KeyTile<T> keys;
     if (!keys_.get(key_tile, mask, keys)) return;
     visible_.set(keys.words, keys.count, vectors_);
-    set_logits(keys);
+    set_logits(keys, fetches);
     if (modifiers_.exist()) modifiers_.set_keys(keys_.tile(key_tile), list_);
     if (modifiers_.shapes()) modifiers_.shape(logits_, vectors_, keys.words);
     if (!visible_.whole()) {  // vectors that see no key stay as they are
@@ -98,16 +100,20 @@ class ForwardTile {
       softmax_update(logits_, part.keys, part.vectors, *state.softmax, rescale_);
     if (modifiers_.drops()) modifiers_.drop(logits_);
     sum_over_visible_keys(visible_, dv_, Operand<T, false>{keys.value.data, keys.value.stride},
-                          logits_, Accumulate<T>{state.output, rescale_});
+                          logits_,
+                          Fetching<T, Accumulate<T>>{{state.output, rescale_}, fetches.take()});
   }
 
  private:
-  SPARSE_ATTN_INLINE void set_logits(const KeyTile<T>& keys) {
+  SPARSE_ATTN_INLINE void set_logits(const KeyTile<T>& keys, FetchStack& fetches) {
     const Operand<T, true> key{keys.key.data, keys.key.stride};
     if (keys.words && !modifiers_.shapes()) {
-      multiply_visible(visible_, d_, key, query_, SetMasked<T>{logits_, keys.words});
+      multiply_visible(
+          visible_, d_, key, query_,
+          Fetching<T, SetMasked<T>>{{logits_, keys.words}, fetches.take(visible_.whole())});
     } else {
-      multiply_visible(visible_, d_, key, query_, SetTo<T>{logits_, kMaxTile});
+      multiply_visible(visible_, d_, key, query_,
+                       Fetching<T, SetTo<T>>{{logits_, kMaxTile}, fetches.take()});
     }
   }
 

@@ -5,13 +5,15 @@
 //   start(plan, pass, head)                  turns to a query head
 //   load_rows(tile, list)                    rows
 //   get(key_tile, mask), gather(tile, list)  keys; false if no row sees any
-//   add(grad_query, to_key, to_value)        adds what the pairs contribute
+//   add(grad_query, to_key, to_value, fetches)
+//                                            adds what the pairs contribute
 //
 // dQ stays in cache for the whole row tile; dK and dV are added up in place. A chunk that shares
 // key tiles with an earlier one adds to slots of its own, which are summed in a fixed order at the
 // end.
 #pragma once
 
+#include "fetch_ahead.h"
 #include "gemm.h"
 #include "lists.h"
 #include "scheduler.h"
@@ -21,8 +23,6 @@ namespace {
 
 using sparse_attn::Reduction;
 using sparse_attn::RowTile;
-using sparse_attn::Run;
-using sparse_attn::Segment;
 using sparse_attn::SharedTile;
 
 template <class S, class Pairs>
@@ -143,6 +143,7 @@ class GradientSweep {
           gathered_value(arena.take<T>(int64_t{kMaxTile} * sweep.dv_wide_)),
           list(arena.take<int64_t>(kMaxTile)),
           slot_of(arena.take<int32_t>(sweep.key_tiles_)),
+          fetched(arena),
           pairs(arena, sweep.p_) {}
 
     T* grad_query;  // [head_dim][kMaxTile]
@@ -151,6 +152,8 @@ class GradientSweep {
     T* gathered_value;
     int64_t* list;     // keys of a list that stand for a tile
     int32_t* slot_of;  // of each key tile in this chunk; -1 = none
+    FetchStack fetches;
+    KeptTiles fetched;
     Pairs pairs;
   };
 
@@ -219,28 +222,53 @@ class GradientSweep {
     }
     const int64_t index = where_ == Where::kThread ? thread : head_kv;
     const Sums to{head_kv, key_sums(head_kv, index), value_sums(head_kv, index)};
-    for (uint32_t s = chunk.first_segment; s < chunk.end_segment; ++s)
-      segment(scratch, to, head, plan, pass, pass.segments[s], pass_index);
+    scratch.fetched.start();
+    for (uint32_t s = chunk.first_segment; s < chunk.end_segment; ++s) {
+      const Segment* next = s + 1 < chunk.end_segment ? &pass.segments[s + 1] : nullptr;
+      segment(scratch, to, head, plan, pass, pass.segments[s], next, pass_index);
+    }
   }
 
   void segment(Scratch& scratch, const Sums& to, int64_t head, const PlanView& plan,
-               const PassView& pass, const Segment& segment, int64_t pass_index) {
+               const PassView& pass, const Segment& segment, const Segment* next,
+               int64_t pass_index) {
     const RowTile& row_tile = pass.row_tiles[segment.row_tile];
     T* grad_query = segment.slot < 0 ? scratch.grad_query : row_slot(head, segment.slot);
     fill_zero(grad_query, int64_t{d_wide_} * kMaxTile);
     if (segment.first_run < segment.end_run) {
       scratch.pairs.load_rows(row_tile, plan.token_list);
-      for (uint32_t r = segment.first_run; r < segment.end_run; ++r) {
-        const Run& run = pass.runs[r];
-        for (int32_t i = 0; i < run.count; ++i) {
-          if (scratch.pairs.get(run.key_tile + i, run.mask))
-            add(scratch, to, plan, pass.key_tiles[run.key_tile + i],
-                scratch.slot_of[run.key_tile + i], grad_query);
-        }
-      }
+      expect_rows(scratch, head, row_tile, next ? &pass.row_tiles[next->row_tile] : nullptr);
+      for_each_key_tile(pass, segment, next,
+                        [&](int32_t key_tile, int32_t mask, int32_t following) {
+                          if (following >= 0) expect_keys(scratch, to, pass, following);
+                          if (scratch.pairs.get(key_tile, mask))
+                            add(scratch, to, plan, pass.key_tiles[key_tile],
+                                scratch.slot_of[key_tile], grad_query);
+                        });
     }
     if (segment.slot < 0)
       write(scratch, head, row_tile, plan.token_list, grad_query, pass_index > 0);
+  }
+
+  /// Fetches what finishing these rows and beginning the next takes.
+  void expect_rows(Scratch& scratch, int64_t head, const RowTile& tile, const RowTile* next) const {
+    FetchStack& fetches = scratch.fetches;
+    fetches.clear();
+    fetches.push(head_of<S>(p_.grad_query, p_.heads, head), tile.rows, d_);
+    if (!next) return;
+    fetches.push(head_of<const S>(p_.query, p_.heads, head), next->rows, d_);
+    fetches.push(head_of<const S>(p_.grad_output, p_.heads, head), next->rows, dv_);
+    fetches.push(head_of<const S>(p_.output, p_.heads, head), next->rows, dv_);
+  }
+
+  void expect_keys(Scratch& scratch, const Sums& to, const PassView& pass, int32_t key_tile) const {
+    if (scratch.fetched.holds(key_tile)) return;
+    const Tile& tile = pass.key_tiles[key_tile];
+    FetchStack& fetches = scratch.fetches;
+    fetches.push(to.key, tile, d_);
+    fetches.push(to.value, tile, dv_);
+    fetches.push(head_of<const S>(p_.value, p_.heads_kv, to.head_kv), tile, dv_);
+    fetches.push(head_of<const S>(p_.key, p_.heads_kv, to.head_kv), tile, d_);
   }
 
   /// One key tile for one row tile.
@@ -248,12 +276,13 @@ class GradientSweep {
                               const Tile& tile, int32_t slot, T* grad_query) {
     if (slot >= 0) {
       scratch.pairs.add(grad_query, {key_slot(to.head_kv, slot), d_wide_},
-                        {value_slot(to.head_kv, slot), dv_wide_});
+                        {value_slot(to.head_kv, slot), dv_wide_}, scratch.fetches);
     } else if (tile.list >= 0) {
       add_gathered(scratch, to, tile, plan.token_list, grad_query);
     } else {
       scratch.pairs.add(grad_query, {to.key.row(tile, nullptr, 0), to.key.stride * tile.step},
-                        {to.value.row(tile, nullptr, 0), to.value.stride * tile.step});
+                        {to.value.row(tile, nullptr, 0), to.value.stride * tile.step},
+                        scratch.fetches);
     }
   }
 
@@ -262,7 +291,7 @@ class GradientSweep {
     fill_zero(scratch.gathered_key, int64_t{d_wide_} * tile.count);
     fill_zero(scratch.gathered_value, int64_t{dv_wide_} * tile.count);
     scratch.pairs.add(grad_query, {scratch.gathered_key, d_wide_},
-                      {scratch.gathered_value, dv_wide_});
+                      {scratch.gathered_value, dv_wide_}, scratch.fetches);
     add_tile(to.key, tile, list, scratch.gathered_key, d_wide_);
     add_tile(to.value, tile, list, scratch.gathered_value, dv_wide_);
   }

@@ -59,7 +59,7 @@ class KeptTiles {
  public:
   explicit KeptTiles(Arena& arena) : tiles_(arena.take<int32_t>(kMostEntries)) {}
 
-  void start(int entries) {
+  void start(int entries = kMostEntries) {
     entries_ = entries < kMostEntries ? entries : kMostEntries;
     clear();
   }
@@ -68,9 +68,10 @@ class KeptTiles {
   }
   int entry(int32_t tile) const { return tile % entries_; }
   /// Whether the tile is there; it is from now on.
-  bool holds(int entry, int32_t tile) {
-    const bool kept = tiles_[entry] == tile;
-    tiles_[entry] = tile;
+  bool holds(int32_t tile) {
+    int32_t& of_entry = tiles_[entry(tile)];
+    const bool kept = of_entry == tile;
+    of_entry = tile;
     return kept;
   }
 
@@ -126,7 +127,7 @@ class KeyTiles {
     const int64_t first = int64_t{entry} * plan_->tile_keys;
     out.key = {keys_ + first * round_up(d_, kLanes<T>), round_up(d_, kLanes<T>)};
     out.value = {values_ + first * round_up(dv_, kLanes<T>), round_up(dv_, kLanes<T>)};
-    if (!kept_.holds(entry, index)) pack(tile, plan_->token_list, seen, out);
+    if (!kept_.holds(index)) pack(tile, plan_->token_list, seen, out);
     return true;
   }
 

@@ -64,10 +64,9 @@ struct ExpConstants<double> {
 template <class T>
 SPARSE_ATTN_INLINE Vec<T> exp(Vec<T> x) {
   using C = ExpConstants<T>;
-  const Vec<T> clamped = x < C::kLeast ? broadcast(C::kLeast) : x;
-  const Vec<T> shifted = clamped * static_cast<T>(kLog2E) + C::kRound;
+  const Vec<T> shifted = x * static_cast<T>(kLog2E) + C::kRound;
   const Vec<T> n = shifted - C::kRound;
-  const Vec<T> rest = clamped - n * C::kLn2High - n * C::kLn2Low;
+  const Vec<T> rest = x - n * C::kLn2High - n * C::kLn2Low;
   Vec<T> sum = broadcast(C::kPolynomial[C::kTerms - 1]);
 #pragma GCC unroll 16
   for (int i = C::kTerms - 2; i >= 0; --i) sum = sum * rest + C::kPolynomial[i];

@@ -118,6 +118,18 @@ SPARSE_ATTN_INLINE Rows<Real<S>> whole_vector_rows(Head<const S> head, const Til
   return {buffer, padded};
 }
 
+/// The same for rows that are read only once, to be transposed: in place at any stride.
+template <class S>
+SPARSE_ATTN_INLINE Rows<Real<S>> rows_to_transpose(Head<const S> head, const Tile& tile,
+                                                   const int64_t* list, int size, Real<S>* buffer) {
+  if constexpr (kSameType<S, Real<S>>) {
+    if (tile.list < 0 && size % kLanes<S> == 0)
+      return {head.row(tile, list, 0), head.stride * tile.step};
+  }
+  pack_rows(buffer, head, tile, list, size, all_rows(tile.count));
+  return {buffer, round_up(size, kLanes<Real<S>>)};
+}
+
 template <class T, int... kLane>
 SPARSE_ATTN_INLINE Vec<T> zip_low(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes<T>)...);
@@ -145,23 +157,39 @@ SPARSE_ATTN_INLINE void transpose_block(Vec<T> (&block)[kLanes<T>]) {
   }
 }
 
-/// to[c][r] = factor * from[r][c] for whole vectors of columns; rows from `count` up to the next
-/// whole vector become zero.
+/// Times a factor.
 template <class T>
+struct Scaled {
+  T factor;
+  SPARSE_ATTN_INLINE Vec<T> operator()(Vec<T> x, int) const { return x * factor; }
+};
+
+/// to[c][r] = map(from[r][c], c), `map` taking whole vectors of columns; rows from `count` up to
+/// the next whole vector become zero.
+template <class T, class Map>
 __attribute__((noinline)) void transpose_rows(T* to, int64_t to_stride, Rows<T> from, int count,
-                                              int columns, T factor) {
+                                              int columns, Map map) {
   for (int r = 0; r < count; r += kLanes<T>) {
     for (int c = 0; c < columns; c += kLanes<T>) {
+      const int end = columns - c < kLanes<T> ? columns - c : kLanes<T>;
       Vec<T> block[kLanes<T>];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes<T>; ++i) {
-        block[i] = r + i < count ? load(from.row(r + i) + c) * factor : Vec<T>{};
-      }
+      for (int i = 0; i < kLanes<T>; ++i)
+        block[i] = r + i < count ? map(load(from.row(r + i) + c), c) : Vec<T>{};
       transpose_block<T>(block);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes<T>; ++i) store(to + (c + i) * to_stride + r, block[i]);
+      for (int i = 0; i < kLanes<T>; ++i) {
+        if (i < end) store(to + (c + i) * to_stride + r, block[i]);
+      }
     }
   }
+}
+
+/// The same, times a factor.
+template <class T>
+SPARSE_ATTN_INLINE void transpose_rows(T* to, int64_t to_stride, Rows<T> from, int count,
+                                       int columns, T factor) {
+  transpose_rows<T>(to, to_stride, from, count, columns, Scaled<T>{factor});
 }
 
 /// Zeroes `count` elements, a whole number of vectors.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/fetch_ahead.h"
 #include "cpu/gemm.h"
 #include "cpu/softmax.h"
 #include "cpu/tile.h"
@@ -151,12 +152,13 @@ void test_transpose_rows() {
     std::vector<T> from(static_cast<std::size_t>(kMaxTile * stride));
     for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<T>(i + 1);
     std::vector<T> to(static_cast<std::size_t>(columns * kMaxTile), T(-1));
-    transpose_rows<T>(to.data(), kMaxTile, {from.data(), stride}, count, columns, T(2));
+    const int written = columns - count % 5;  // not always whole vectors
+    transpose_rows<T>(to.data(), kMaxTile, {from.data(), stride}, count, written, T(2));
     for (int c = 0; c < columns; ++c) {
       for (int r = 0; r < kMaxTile; ++r) {
-        const T expected = r < count ? static_cast<T>(2 * (r * stride + c + 1))
-                           : r < round_up(count, kLanes<T>) ? T(0)
-                                                            : T(-1);
+        const T expected = c >= written || r >= round_up(count, kLanes<T>) ? T(-1)
+                           : r < count ? static_cast<T>(2 * (r * stride + c + 1))
+                                       : T(0);
         CHECK_EQUAL(to[static_cast<std::size_t>(c * kMaxTile + r)], expected);
       }
     }
@@ -310,6 +312,56 @@ bool runs_here() {
 bool runs_here() { return true; }
 #endif
 
+/// The last rows that came are fetched first, a block of 256 bytes at a time; without any, what is
+/// fetched is in the stack itself.
+void test_fetch_stack() {
+  float rows[100 * 128];
+  const Head<const float> head{rows, 128};
+  FetchStack stack;
+  const auto at = [&](const FetchBlock& block) { return block.data; };
+  const auto place = [&](int row, int column) {
+    return reinterpret_cast<const char*>(rows + row * 128 + column);
+  };
+  stack.push(head, {3, 5, 10, -1}, 128);
+  stack.push(head, {7, 1, 64, -1}, 64);
+  stack.push(head, {0, 1, 64, 0}, 64);  // of a list: cannot be
+  CHECK(at(stack.take(false)) == reinterpret_cast<const char*>(&stack));
+  const FetchBlock last = stack.take();
+  CHECK(at(last) == place(7, 0));
+  CHECK_EQUAL(last.stride, 512);
+  const FetchBlock second_half = stack.take();
+  CHECK(at(second_half) == place(3, 64));
+  CHECK_EQUAL(second_half.stride, 5 * 512);
+  CHECK(at(stack.take()) == place(3, 0));
+  CHECK(at(stack.take()) == reinterpret_cast<const char*>(&stack));
+  for (int i = 0; i < 100; ++i) stack.push(head, {i, 1, 1, -1}, 64);
+  CHECK(at(stack.take()) != reinterpret_cast<const char*>(&stack));
+  stack.clear();
+  CHECK(at(stack.take()) == reinterpret_cast<const char*>(&stack));
+}
+
+/// Each key tile is told which comes after it.
+void test_for_each_key_tile() {
+  const Run runs[] = {{4, 2, -1}, {9, 1, 3}, {6, 3, -1}};
+  Segment first{}, second{}, empty{};
+  first.end_run = second.first_run = 2;
+  second.end_run = 3;
+  PassView pass{};
+  pass.runs = {runs, 3};
+  const auto visited = [&](const Segment& segment, const Segment* after) {
+    std::vector<std::vector<int>> all;
+    for_each_key_tile(pass, segment, after, [&](int32_t tile, int32_t mask, int32_t next) {
+      all.push_back({tile, mask, next});
+    });
+    return all;
+  };
+  using Visits = std::vector<std::vector<int>>;
+  CHECK((visited(first, &second) == Visits{{4, -1, 5}, {5, -1, 9}, {9, 3, 6}}));
+  CHECK((visited(first, &empty) == Visits{{4, -1, 5}, {5, -1, 9}, {9, 3, -1}}));
+  CHECK((visited(second, nullptr) == Visits{{6, -1, 7}, {7, -1, 8}, {8, -1, -1}}));
+  CHECK(visited(empty, &second).empty());
+}
+
 }  // namespace
 
 int main() {
@@ -339,5 +391,7 @@ int main() {
   test_gemm<double>();
   test_visible_blocks<float>();
   test_visible_blocks<double>();
+  test_fetch_stack();
+  test_for_each_key_tile();
   return check::report();
 }
