@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from workload import BigBirdCase, Case, StridedCase
+from workload import AnyCase, Case
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -20,7 +20,7 @@ class Unsupported(Exception):
 class Setup:
     """What a peer may use to prepare itself."""
 
-    case: Case | BigBirdCase | StridedCase
+    case: AnyCase
     inputs: tuple[Tensor, ...]  # query, key, value, gradient, (batch, heads, length, head size)
     backward: bool
     dense_up_to: int = 16384

@@ -15,7 +15,7 @@ from peer_setup import Attention, Peer, Setup, Unsupported, by_residue, make_tas
 from record import OURS
 from stock_torch import chunk_loop, chunked_bmm
 from torch import Tensor
-from workload import BATCH, BigBirdCase, Case, StridedCase
+from workload import BATCH, AnyCase, BigBirdCase
 
 import sparse_attn
 
@@ -23,8 +23,8 @@ __all__ = ["OURS", "PEERS", "Given", "Peer", "Setup", "Unsupported", "make_task"
 
 
 def _ours(setup: Setup) -> Attention:
-    pattern = setup.case.pattern()
-    return lambda q, k, v: sparse_attn.attention(q, k, v, pattern)
+    pattern, padding = setup.case.pattern(), setup.case.key_padding_mask()
+    return lambda q, k, v: sparse_attn.attention(q, k, v, pattern, key_padding_mask=padding)
 
 
 def _check_dense(setup: Setup) -> None:
@@ -59,7 +59,7 @@ def _flex_attention(setup: Setup) -> Attention:
 
 
 @lru_cache(maxsize=2)
-def _block_mask(case: Case | BigBirdCase | StridedCase):
+def _block_mask(case: AnyCase):
     """FlexAttention's block mask, a row of blocks at a time: `create_block_mask` is quadratic."""
     from torch.nn.attention.flex_attention import BlockMask
 

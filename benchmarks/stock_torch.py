@@ -38,7 +38,9 @@ def chunked_bmm(setup: Setup) -> Attention:
     case = setup.case
     if isinstance(case, BigBirdCase):
         return _bmm_of_blocks(case)
-    return _bmm_strided(case) if isinstance(case, StridedCase) else _bmm_of_window(case)
+    if isinstance(case, StridedCase):
+        return _bmm_strided(case)
+    return _bmm_of_window(setup.window())
 
 
 def _bmm_of_window(case: Case) -> Attention:
@@ -260,6 +262,7 @@ def chunk_loop(setup: Setup, tuned: bool = False) -> tuple[Attention, str]:
         return _loop_of(setup, _spans_of_blocks(case, dtype), tuned), f"chunks of {case.block}"
     if isinstance(case, StridedCase):
         raise Unsupported("none: the queries of a chunk share no key of the stride")
+    case = setup.window()
     *leaves, grad = (x.detach() for x in setup.inputs)
     leaves = tuple(x.requires_grad_(setup.backward) for x in leaves)
     spans = partial(_spans_of_window, case, dtype=dtype)

@@ -128,6 +128,12 @@ TARGETS = (
     ),
     Target("causal ÷ both sides", _cost("causal256", "window256"), (0.6, 0.6), at_most=True),
     Target(
+        "half of the tokens padding ÷ none",
+        _cost("half_padded256", "window256"),
+        (0.55, 0.55),
+        at_most=True,
+    ),
+    Target(
         "all threads over one, 1 head, N 65536",
         _speed_up(case="window256", length=65536, heads=1),
         (1.8, 1.8),

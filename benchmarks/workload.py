@@ -34,6 +34,10 @@ class _Case:
         """The dense (length, length) mask."""
         return _dense_mask(self)
 
+    def key_padding_mask(self) -> Tensor | None:
+        """(1, length) bool: which keys nobody sees."""
+        return None
+
 
 @lru_cache(maxsize=1)
 def _dense_mask(case: _Case) -> Tensor:
@@ -181,6 +185,41 @@ class StridedCase(_Case):
         return sum(n - distance for distance in distances)
 
 
+@dataclass(frozen=True)
+class PaddedCase(_Case):
+    """A window of `reach` keys on each side over tokens of which the second half is padding."""
+
+    base: str
+    reach: int
+    length: int = 4096
+
+    @property
+    def _tokens(self) -> int:
+        return self.length // 2
+
+    def pattern(self) -> sparse_attn.Pattern:
+        """The case as a pattern of ours, for which the padding is a mask of its own."""
+        return sparse_attn.Window(self.reach)
+
+    def key_padding_mask(self) -> Tensor:
+        """(1, length) bool: which keys nobody sees."""
+        return torch.arange(self.length)[None] >= self._tokens
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether query i sees key j, for index tensors that broadcast; arithmetic alone."""
+        return ((j - i).abs() <= self.reach) & (j < self._tokens)
+
+    def pairs(self) -> int:
+        """The exact number of (query, key) pairs of one head."""
+        # Each key is seen by the queries within reach.
+        last = self.length - 1
+        return sum(
+            min(last, j + self.reach) - max(0, j - self.reach) + 1 for j in range(self._tokens)
+        )
+
+
+AnyCase = Case | BigBirdCase | StridedCase | PaddedCase
+
 CASES = {
     case.base: case
     for case in (
@@ -192,11 +231,12 @@ CASES = {
         Case("causal256", 256, causal=True),
         BigBirdCase("bigbird64", 64),
         StridedCase("strided"),
+        PaddedCase("half_padded256", 256),
     )
 }
 
 
-def find_case(name: str) -> Case | BigBirdCase | StridedCase:
+def find_case(name: str) -> AnyCase:
     """The case of a name such as `window256` or `window256_n16384`."""
     base, _, length = name.partition("_n")
     if base not in CASES or (length and not length.isdigit()):
@@ -220,5 +260,8 @@ def dense_reference(mask: Tensor | None, inputs: tuple[Tensor, ...]) -> tuple[Te
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    output = scores.softmax(-1) @ value
+        # A query without keys has an output of 0, where the softmax would make NaN of it.
+        scores = scores.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    weights = scores.softmax(-1)
+    output = (weights if mask is None else weights.masked_fill(~mask, 0.0)) @ value
     return output.detach(), *torch.autograd.grad(output, (query, key, value), grad)
