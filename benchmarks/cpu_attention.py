@@ -157,7 +157,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="torch")
     for case in {item.problem.case: None for item in args.items}:
         visited = case.pattern().cost(case.length).pairs
-        if visited != case.pairs():
+        if case.key_padding_mask() is None and visited != case.pairs():
             raise SystemExit(f"{case.name}: cost says {visited} pairs, expected {case.pairs()}")
     started = report.environment()
     memory = measure_memory(args.items, args.seed)
