@@ -81,7 +81,8 @@ class PairGradients {
   PairGradients(Arena& arena, const AttentionParams& params)
       : p_(params),
         rows_(arena, params),
-        keys_(arena, static_cast<int>(params.head_dim), static_cast<int>(params.value_dim)),
+        keys_(arena, static_cast<int>(params.head_dim), static_cast<int>(params.value_dim),
+              ReadOnce::kValues),
         modifiers_(arena),
         probabilities_(arena.take<T>(kMaxTile * kMaxTile)),
         ds_(arena.take<T>(kMaxTile * kMaxTile)),

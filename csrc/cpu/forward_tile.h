@@ -64,7 +64,7 @@ class ForwardTile {
         query_(arena.take<T>(int64_t{kMaxTile} * round_up(d_, kLanes<T>))),
         logits_(arena.take<T>(kMaxTile * kMaxTile)),
         rescale_(arena.take<T>(kMaxTile)),
-        keys_(arena, d_, dv_),
+        keys_(arena, d_, dv_, ReadOnce::kKeys),
         modifiers_(arena) {}
 
   /// Turns to one head and pass.
