@@ -6,7 +6,8 @@ gradients and all that is between. Lengths double until neither budget holds, th
 halved; there are sixteen lengths from a power of two to the next. What was measured is written at
 once, and a run that was broken off goes on from there (--fresh begins again).
 
-The time is the least of three steps. A window's memory grows as heads · length, that of
+The time is the least of three steps. A step that takes longer than --patience is broken off: dense
+attention without a mask needs little memory and would take hours to fill it. A window's memory grows as heads · length, that of
 materialized attention as heads · length²: the ratio of their lengths grows with the budget, as the
 root of budget over heads.
 
@@ -55,7 +56,8 @@ class Lengths:
     """The measurements of one method, made when asked for and kept in the file."""
 
     def __init__(self, name: str, args: argparse.Namespace, known: dict, save: Callable):
-        self._known, self._save, self._patience = known, save, 1.5 * args.time
+        self._known, self._save = known, save
+        self._patience, self._limit = 1.5 * args.time, args.patience
         ceiling = int(CEILING * args.memory * 2**30)
         self._worker = Worker(name, 1, args.threads, args.seed, ceiling)
 
@@ -70,7 +72,7 @@ class Lengths:
         """Peak bytes and seconds of a step, or an error."""
         n = tokens(index)
         if str(n) not in self._known:
-            self._known[str(n)] = self._worker.measure(n, True, 2, self._patience)
+            self._known[str(n)] = self._worker.measure(n, True, 2, self._patience, self._limit)
             self._save()
         return self._known[str(n)]
 
@@ -113,8 +115,9 @@ def search(args: argparse.Namespace, measured: dict, save: Callable) -> dict:
             with Lengths(name, args, measured.setdefault(name, {}), save) as lengths:
                 for budget, (_, fits) in budgets(args).items():
                     index = longest(lengths, fits, shown)
-                    # Broken off for its memory: the budget of time might have held.
-                    limited = budget == "time" and "error" in lengths.at(index + 1)
+                    # Broken off for the other one: this budget might have held.
+                    other = {"memory": "out of time", "time": "out of memory"}[budget]
+                    limited = lengths.at(index + 1).get("error") == other
                     found[name][budget] = {"length": tokens(index), "limited": limited}
                     shown.update()
     return found
@@ -150,6 +153,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"of {', '.join(METHODS)}")  # fmt: skip
     add("--memory", type=float, default=1.0, help="GiB of a step (1)")
     add("--time", type=float, default=2.0, help="seconds of a step (2)")
+    add("--patience", type=float, default=30.0, help="seconds until a step is broken off (30)")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--seed", type=int, default=0)
     add("--fresh", action="store_true", help="forget what an earlier run measured")
@@ -171,7 +175,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     environment = report.environment()
     settings = {"heads": 1, "head_dim": 64, **{key: environment[key] for key in ("cpu", "commit")}}
-    settings |= {key: getattr(args, key) for key in ("memory", "time", "threads", "seed")}
+    settings |= {
+        key: getattr(args, key) for key in ("memory", "time", "patience", "threads", "seed")
+    }
     result: dict = {
         "environment": environment,
         "settings": settings,

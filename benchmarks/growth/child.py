@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -88,16 +89,26 @@ class Worker:
         self._process.wait()
 
     def measure(
-        self, n: int, backward: bool, repeats: int = 0, patience: float | None = None
+        self,
+        n: int,
+        backward: bool,
+        repeats: int = 0,
+        patience: float | None = None,
+        limit: float | None = None,
     ) -> dict:
-        """{"peak", "inputs", "seconds"} or {"error"}.
+        """{"peak", "inputs", "seconds"} or {"error": "out of memory" or "out of time"}.
 
         `seconds` is the least of 1 + repeats steps, of the first alone if that takes longer than
-        `patience`.
+        `patience`. All of them are broken off after `limit` seconds.
         """
         wanted = {"n": n, "backward": backward, "repeats": repeats, "patience": patience}
         self._process.stdin.write(json.dumps(wanted) + "\n")
         self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], limit)[0]:
+            self._process.kill()
+            self.__exit__()
+            self.__enter__()
+            return {"error": "out of time"}
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the measuring process ended with {self._process.wait()}")
