@@ -7,9 +7,9 @@ halved; there are sixteen lengths from a power of two to the next. What was meas
 once, and a run that was broken off goes on from there (--fresh begins again).
 
 The time is the least of three steps. A step that takes longer than --patience is broken off: dense
-attention without a mask needs little memory and would take hours to fill it. A window's memory grows as heads · length, that of
-materialized attention as heads · length²: the ratio of their lengths grows with the budget, as the
-root of budget over heads.
+attention without a mask needs little memory and would take hours to fill it. A window's memory
+grows as heads · length, that of materialized attention as heads · length²: the ratio of their
+lengths grows with the budget, as the root of budget over heads.
 
     python benchmarks/longest_sequence.py                       # about 10 minutes
     python benchmarks/longest_sequence.py --memory 4 --time 5   # GiB, seconds

@@ -86,3 +86,9 @@ def test_a_step_without_room_is_broken_off():
     with Worker("dense, materialized", 1, 1, 0, ceiling=2**28) as worker:
         assert worker.measure(16384, backward=True) == {"error": "out of memory"}
         assert worker.measure(512, backward=True)["peak"] > 0
+
+
+def test_a_step_without_end_is_broken_off():
+    with Worker("dense, materialized", heads=1, threads=1, seed=0) as worker:
+        assert worker.measure(8192, backward=True, limit=0.01) == {"error": "out of time"}
+        assert worker.measure(512, backward=True, limit=60.0)["peak"] > 0
