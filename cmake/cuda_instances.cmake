@@ -6,12 +6,13 @@ set(SPARSE_ATTN_HEAD_SIZES 32 64 96 128 192 256 CACHE STRING
     "Head sizes of the tensor-core kernels; what lies between takes the next, what lies beyond the portable kernels")
 set(SPARSE_ATTN_TENSOR_CORE_SCALARS bfloat16 float16 float32 CACHE STRING
     "Storage types of the tensor-core kernels; float32 stands for TF32")
+set(SPARSE_ATTN_SM90_HEAD_SIZES 64 128) # of the kernels for sm_90a, as far as SPARSE_ATTN_HEAD_SIZES has them
 set(SPARSE_ATTN_LARGEST_TF32_HEAD 128) # beyond, the tiles do not fit shared memory: see csrc/cuda/config.h
 
 function(sparse_attn_add_cuda library)
   cmake_parse_arguments(arg "" "LANGUAGE" "SOURCES" ${ARGN})
   set(root ${sparse_attn_SOURCE_DIR}/csrc/cuda)
-  set_source_files_properties(${root}/simt.cu ${root}/simt_along.cu ${root}/mma.cu ${root}/evaluate.cu ${root}/linear.cu
+  set_source_files_properties(${root}/simt.cu ${root}/simt_along.cu ${root}/mma.cu ${root}/sm90.cu ${root}/evaluate.cu ${root}/linear.cu
                               ${root}/selection.cu PROPERTIES LANGUAGE ${arg_LANGUAGE})
   add_library(${library} STATIC ${root}/run.cpp ${root}/tables.cpp ${root}/dispatch.cpp ${root}/evaluate.cu ${root}/selection.cu
               ${arg_SOURCES})
@@ -43,6 +44,19 @@ function(sparse_attn_add_cuda library)
       string(APPEND instances "X(${scalar}, ${size}) ")
     endforeach()
   endforeach()
+  set(sm90_instances)
+  # Code for sm_90a runs on devices of sm_90 and on no other.
+  if(arg_LANGUAGE STREQUAL "CXX" OR CMAKE_CUDA_ARCHITECTURES MATCHES "(^|;)90")
+    set(tensor_core_archs 90a-real)
+    foreach(scalar bfloat16 float16)
+      foreach(size IN LISTS SPARSE_ATTN_SM90_HEAD_SIZES)
+        if(scalar IN_LIST SPARSE_ATTN_TENSOR_CORE_SCALARS AND size IN_LIST SPARSE_ATTN_HEAD_SIZES)
+          sparse_attn_add_cuda_part(${library}_sm90_${scalar}_${size} sm90.cu ${scalar} ${size})
+          string(APPEND sm90_instances "X(${scalar}, ${size}) ")
+        endif()
+      endforeach()
+    endforeach()
+  endif()
   if(arg_LANGUAGE STREQUAL "CXX")
     set(includes ${sparse_attn_SOURCE_DIR}/tests/native/emulator) # its cuda/ptx.cuh comes before ours
   endif()
@@ -53,7 +67,7 @@ function(sparse_attn_add_cuda library)
     target_link_libraries(${part} PRIVATE $<BUILD_INTERFACE:sparse_attn_options>)
   endforeach()
   set_source_files_properties(${root}/dispatch.cpp PROPERTIES
-                              COMPILE_DEFINITIONS "SPARSE_ATTN_MMA_INSTANCES=${instances};SPARSE_ATTN_FIRST_TENSOR_CORES=${first_tensor_cores}")
+                              COMPILE_DEFINITIONS "SPARSE_ATTN_MMA_INSTANCES=${instances};SPARSE_ATTN_SM90_INSTANCES=${sm90_instances};SPARSE_ATTN_FIRST_TENSOR_CORES=${first_tensor_cores}")
   target_link_libraries(${library} PUBLIC sparse_attn_core)
 endfunction()
 

@@ -17,7 +17,7 @@ namespace {
 const char* built_for() { return ""; }
 Device use_device(int) { fail(); }
 bool is_capturing(void*) { fail(); }
-const Kernels& kernels_for(DataType, std::int64_t, bool, const Device&) { fail(); }
+const Kernels& kernels_for(const KernelChoice&) { fail(); }
 const AlongKernels& along_kernels_for(DataType) { fail(); }
 const LinearKernels& linear_kernels_for(DataType) { fail(); }
 const SelectionKernels& selection_kernels_for(DataType) { fail(); }

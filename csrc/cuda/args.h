@@ -23,6 +23,9 @@ struct Gradient {
   bool add = false;   // to what is there
 };
 
+/// Steps of tiles, start + step * i, for which a pass may have tensor maps.
+constexpr int kMostSteps = 3;
+
 struct Arguments {
   AttentionParams call;  // its `plans` are not used
 
@@ -32,6 +35,7 @@ struct Arguments {
   std::int32_t plan_batch = 1;
   std::int32_t plan_heads = 1;
   ProgramTensor tensors[kMostTensors];  // those that programs read
+  std::int32_t steps[kMostSteps] = {};  // of the pass's tiles, as far as they go in; 0: none
   const ListsView* lists = nullptr;     // of each plan, by queries or by keys; as passes
 
   /// Forward: null if this is the only sweep, which writes output and log-sum-exp itself; else the

@@ -10,6 +10,9 @@
 
 namespace sparse_attn::cuda {
 
+/// What a sweep of the backward pass sums up.
+enum class Grad { kQuery, kKeyValue, kKey, kValue };
+
 constexpr int kMmaThreads = 128;
 constexpr int kMostShared = 99 * 1024;
 

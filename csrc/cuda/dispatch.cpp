@@ -1,7 +1,9 @@
 // Which of the compiled kernels serve a call. CMakeLists.txt passes the instances for tensor cores
-// as SPARSE_ATTN_MMA_INSTANCES, a list of X(scalar, head size), and the first architecture that
-// they were compiled for.
+// as SPARSE_ATTN_MMA_INSTANCES and SPARSE_ATTN_SM90_INSTANCES, lists of X(scalar, head size), and
+// the first architecture that the former were compiled for.
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <string>
 #include <utility>
@@ -29,6 +31,9 @@ LinearKernels linear_float16();
 
 #define X(scalar, size) Kernels mma_##scalar##_##size(const Kernels& portable);
 SPARSE_ATTN_MMA_INSTANCES
+#undef X
+#define X(scalar, size) Kernels sm90_##scalar##_##size(const Kernels& portable);
+SPARSE_ATTN_SM90_INSTANCES
 #undef X
 
 namespace {
@@ -70,17 +75,45 @@ const Instances& tensor_core_kernels() {
   return instances;
 }
 
+/// Likewise, for sm_90a.
+const Instances& sm90_kernels() {
+  static const Instances instances = [] {
+    Instances all;
+#define X(scalar, size)                                           \
+  all.emplace(std::pair(type_named(#scalar), std::int64_t{size}), \
+              sm90_##scalar##_##size(portable(type_named(#scalar))));
+    SPARSE_ATTN_SM90_INSTANCES
+#undef X
+    return all;
+  }();
+  return instances;
+}
+
+/// Those of the next larger head size; null if there are none, or the device has too little memory.
+const Kernels* find(const Instances& instances, const KernelChoice& choice) {
+  const auto found = instances.lower_bound({choice.type, choice.head_size});
+  const bool serves = found != instances.end() && found->first.first == choice.type &&
+                      found->second.shared_bytes <= choice.device.shared_bytes;
+  return serves ? &found->second : nullptr;
+}
+
+bool wants_sm90() {
+  const char* setting = std::getenv("SPARSE_ATTN_SM90");
+  return setting != nullptr && std::strcmp(setting, "1") == 0;
+}
+
 }  // namespace
 
-const Kernels& kernels_for(DataType type, std::int64_t head_size, bool tf32, const Device& device) {
-  const Kernels& simt = portable(type);
-  if (device.arch < SPARSE_ATTN_FIRST_TENSOR_CORES || (type == DataType::kFloat32 && !tf32))
-    return simt;
-  const Instances& instances = tensor_core_kernels();
-  const auto found = instances.lower_bound({type, head_size});  // the next larger head size
-  const bool serves = found != instances.end() && found->first.first == type &&
-                      found->second.shared_bytes <= device.shared_bytes;
-  return serves ? found->second : simt;
+const Kernels& kernels_for(const KernelChoice& choice) {
+  const Kernels& simt = portable(choice.type);
+  if (choice.device.arch < SPARSE_ATTN_FIRST_TENSOR_CORES) return simt;
+  if (choice.type == DataType::kFloat32 && !choice.tf32) return simt;
+  constexpr int kHopper = 90;  // code for sm_90a runs on no other architecture
+  if (choice.device.arch == kHopper && choice.plain && wants_sm90()) {
+    if (const Kernels* kernels = find(sm90_kernels(), choice)) return *kernels;
+  }
+  const Kernels* kernels = find(tensor_core_kernels(), choice);
+  return kernels ? *kernels : simt;
 }
 
 const AlongKernels& along_kernels_for(DataType type) {

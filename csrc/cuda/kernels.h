@@ -36,8 +36,8 @@ struct Kernels {
   Grouping in_backward;
 
   Sweeps planned;    // for visits with masks of the plan
-  Sweeps evaluated;  // for those that are left to a program, too
-  Sweeps modified;   // for either, in calls with modifiers
+  Sweeps evaluated;  // for those that are left to a program, too; none where only plain calls go
+  Sweeps modified;   // for either, in calls with modifiers; likewise
 
   Launch merge_states;
   Launch finish_states;
@@ -63,6 +63,8 @@ struct Device {
   int arch = 0;
   int shared_bytes = 0;  // that a block may ask for
 };
+/// Of the current device.
+int multiprocessors();
 /// The architectures that this build has kernels for, as CMake names them, with spaces between;
 /// empty without any.
 const char* built_for();
@@ -73,8 +75,18 @@ bool is_capturing(void* stream);
 
 constexpr std::int64_t kLargestHead = 256;
 
+/// What decides about the kernels of a call.
+struct KernelChoice {
+  DataType type = DataType::kFloat32;
+  std::int64_t head_size = 0;  // at most kLargestHead
+  bool tf32 = false;           // float32 may go through TF32
+  bool plain = false;          // all masks are the plan's, and there are no modifiers
+  Device device;
+};
+
 /// Tensor cores where the device and the sizes allow them: sm_80 and, for float32, `tf32`; else the
-/// portable kernels. Heads have at most kLargestHead columns.
-const Kernels& kernels_for(DataType type, std::int64_t head_size, bool tf32, const Device& device);
+/// portable kernels. On a device of sm_90 with SPARSE_ATTN_SM90=1 in the environment plain calls
+/// take the kernels for sm_90a, which have not run on hardware yet.
+const Kernels& kernels_for(const KernelChoice& choice);
 
 }  // namespace sparse_attn::cuda

@@ -8,14 +8,13 @@
 #pragma once
 
 #include "cuda/evaluate.cuh"
+#include "cuda/fragments.cuh"
 #include "cuda/mma_copy.cuh"
 #include "cuda/mma_logits.cuh"
 #include "cuda/mma_steps.cuh"
 #include "cuda/states.cuh"
 
 namespace sparse_attn::cuda {
-
-enum class Grad { kQuery, kKeyValue, kKey, kValue };
 
 template <class S, int kHeadSize, Grad kGrad>
 constexpr Shape kBackwardShape = kGrad == Grad::kQuery ? kGradQueryShape<sizeof(S), kHeadSize>
@@ -96,8 +95,11 @@ class MmaBackward {
         keep_factor_(drops_ ? keep_factor<float>(a.call.modifiers) : 1.0f) {}
 
   __device__ void run() {
-    clear(sum_x_);
-    clear(sum_y_);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      clear(sum_x_[g]);
+      clear(sum_y_[g]);
+    }
     if (kGeneral && covers_ != nullptr) {
       load_covers(covers_, a_, work_);
       sync_threads();
@@ -106,17 +108,6 @@ class MmaBackward {
     load_row_stats();
     for (std::int64_t head = work_.head; head < work_.end_head(); ++head) sweep(head);
     write();
-  }
-
-  static __device__ void clear(Sums& sums) {
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-#pragma unroll
-      for (int n = 0; n < kHeadSize / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[g][n][i] = 0.0f;
-      }
-    }
   }
 
   /// All visits of the task, for one head of queries.
@@ -311,13 +302,7 @@ class MmaBackward {
     }
   }
 
-  __device__ int row_in_tile(int half) const {
-    return warp_row_ + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half;
-  }
-  /// Of element i of the n-th eight columns of a fragment.
-  static __device__ int column(int n, int i) {
-    return 8 * n + 2 * (static_cast<int>(threadIdx.x) % 4) + i % 2;
-  }
+  __device__ int row_in_tile(int half) const { return fragment_row(warp_row_, half); }
 
   // ---- elements
   // ----------------------------------------------------------------------------------
@@ -335,7 +320,7 @@ class MmaBackward {
       for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float of_row = kByRows ? row_lse_[g][i / 2] : lse[column(n, i)];
+          const float of_row = kByRows ? row_lse_[g][i / 2] : lse[fragment_column(n, i)];
           p[g][n][i] = exp2_approx(fmaf(p[g][n][i], scale, -of_row));
         }
       }
@@ -354,7 +339,7 @@ class MmaBackward {
         for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            if (!(rows >> column(n, i) & 1)) p[n][i] = -kInfinity;
+            if (!(rows >> fragment_column(n, i) & 1)) p[n][i] = -kInfinity;
           }
         }
       }
@@ -370,7 +355,7 @@ class MmaBackward {
       for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float of_row = kByRows ? row_delta_[g][i / 2] : delta[column(n, i)];
+          const float of_row = kByRows ? row_delta_[g][i / 2] : delta[fragment_column(n, i)];
           ds[g][n][i] = p[g][n][i] * (ds[g][n][i] - of_row);
         }
       }
@@ -394,32 +379,22 @@ class MmaBackward {
       for (int half = 0; half < 2; ++half) {
         const int row = row_in_tile(half);
         if (!work_.owns(g, row)) continue;
+        const auto sink = [&](const Gradient& to, void* slots, int size) {
+          return GradientSink<S>(a_, work_, to, slots, g, row, size);
+        };
+        const int head_dim = static_cast<int>(a_.call.head_dim),
+                  value_dim = static_cast<int>(a_.call.value_dim);
         if (kNeedsX) {
-          const Gradient& to = kByRows ? a_.grad_query : a_.grad_key;
           // A query without keys gets 0 even if a value that it does not see is NaN.
           const bool is_dead = kByRows && row_lse_[g][half] == kInfinity;
-          write_row(sum_x_[g], half,
-                    GradientSink<S>(a_, work_, to, a_.slots_key, g, row,
-                                    static_cast<int>(a_.call.head_dim)),
-                    is_dead ? 0.0f : static_cast<float>(a_.call.scale));
+          write_row(sink(kByRows ? a_.grad_query : a_.grad_key, a_.slots_key, head_dim), sum_x_[g],
+                    half, is_dead ? 0.0f : static_cast<float>(a_.call.scale), head_dim);
         }
         if (kNeedsY) {
-          write_row(sum_y_[g], half,
-                    GradientSink<S>(a_, work_, a_.grad_value, a_.slots_value, g, row,
-                                    static_cast<int>(a_.call.value_dim)),
-                    kGeneral ? keep_factor_ : 1.0f);
+          write_row(sink(a_.grad_value, a_.slots_value, value_dim), sum_y_[g], half,
+                    kGeneral ? keep_factor_ : 1.0f, value_dim);
         }
       }
-    }
-  }
-
-  static __device__ void write_row(const float (&sums)[kHeadSize / 8][4], int half,
-                                   const GradientSink<S>& sink, float factor) {
-#pragma unroll
-    for (int n = 0; n < kHeadSize / 8; ++n) {
-      const bool any = factor != 0.0f;
-      sink.put(column(n, 0), any ? sums[n][2 * half] * factor : 0.0f,
-               any ? sums[n][2 * half + 1] * factor : 0.0f);
     }
   }
 

@@ -9,7 +9,7 @@
 #include "cuda/mma_copy.cuh"
 #include "cuda/mma_logits.cuh"
 #include "cuda/mma_steps.cuh"
-#include "cuda/states.cuh"
+#include "cuda/softmax_fragments.cuh"
 
 namespace sparse_attn::cuda {
 
@@ -151,108 +151,35 @@ class MmaForward {
       if (needs_words(a_.call, keys, step.mask(g)))
         mask_columns(s[g], words_ + g * kMaxTile + step.first_column(), warp_row_);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        update_row(s[g], o_[g], half, maximum_[g][half], sum_[g][half], scale);
-      if (drops_) drop_fragments<true>(s[g], keeps_ + g * kMaxTile, place, 1.0f);
-    }
-  }
-
-  /// One row of the warp's 16, which four lanes share: rows g and g + 8 of a fragment are its
-  /// halves. Maxima are in units of log 2.
-  static __device__ void update_row(float (&s)[kColumns / 8][4], float (&o)[kHeadSize / 8][4],
-                                    int half, float& maximum, float& sum, float scale) {
-    float top = -kInfinity;
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n)
-      top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-    top = fmaxf(top, shuffle_xor(top, 1));
-    top = fmaxf(top, shuffle_xor(top, 2));
-    top = fmaxf(maximum, top == -kInfinity ? top : top * scale);
-    const float finite = top == -kInfinity ? 0.0f : top;
-    const float rescale = exp2_approx(maximum - finite);
-    maximum = top;
-    sum *= rescale;
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -finite));
-        sum += s[n][i];  // of this lane's columns; write() adds the four up
+      for (int half = 0; half < 2; ++half) {
+        const float factor = raise_maximum(s[g], half, scale, maximum_[g][half]);
+        sum_[g][half] *= factor;
+        multiply_row(o_[g], half, factor);
+        exponentiate(s[g], half, scale, maximum_[g][half], sum_[g][half]);
       }
-    }
-#pragma unroll
-    for (int n = 0; n < kHeadSize / 8; ++n) {
-      o[n][2 * half] *= rescale;
-      o[n][2 * half + 1] *= rescale;
+      if (drops_) drop_fragments<true>(s[g], keeps_ + g * kMaxTile, place, 1.0f);
     }
   }
 
   // ---- where the states come from and go to ----------------------------------------------------
 
+  __device__ StateFragments<S, kHeadSize / 8> state(int g) { return {o_[g], maximum_[g], sum_[g]}; }
+
   __device__ void load_states() {
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        maximum_[g][half] = -kInfinity;
-        sum_[g][half] = 0.0f;
-#pragma unroll
-        for (int n = 0; n < kHeadSize / 8; ++n) o_[g][n][2 * half] = o_[g][n][2 * half + 1] = 0.0f;
-        if (!a_.first && work_.task->slot < 0) resume(g, half);
-      }
-    }
-  }
-
-  __device__ int row_in_tile(int half) const {
-    return warp_row_ + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half;
-  }
-
-  /// The state that an earlier sweep left. The sum goes to one lane of the four.
-  __device__ void resume(int g, int half) {
-    const int row = row_in_tile(half), lane = static_cast<int>(threadIdx.x) % 4;
-    if (!work_.owns(g, row)) return;
-    const StateRow<float> state = work_.row_state<float>(a_, g, row);
-    maximum_[g][half] = *state.maximum * kLog2E;
-    sum_[g][half] = lane == 0 ? *state.sum : 0.0f;
     const float before_keeping =
         kGeneral ? static_cast<float>(1.0 - a_.call.modifiers.dropout_p) : 1.0f;
 #pragma unroll
-    for (int n = 0; n < kHeadSize / 8; ++n) {
-      const int column = 8 * n + 2 * lane;
-      if (column >= a_.call.value_dim) continue;
-      o_[g][n][2 * half] = state.output[column] * before_keeping;
-      o_[g][n][2 * half + 1] = state.output[column + 1] * before_keeping;
+    for (int g = 0; g < kGroup; ++g) {
+      state(g).clear();
+      if (!a_.first && work_.task->slot < 0)
+        state(g).resume(a_, work_, g, warp_row_, before_keeping);
     }
   }
 
   __device__ void write() {
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sum = sum_[g][half];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        const int row = row_in_tile(half);
-        if (work_.owns(g, row)) write_row(g, half, row, maximum_[g][half] * kLn2, sum);
-      }
-    }
-  }
-
-  __device__ void write_row(int g, int half, int row, float maximum, float sum) {
-    const int lane = static_cast<int>(threadIdx.x) % 4;
-    const RowSink<S> sink(a_, work_, g, row);
-    if (lane == 0) sink.put_sums(maximum, sum);
-    const float factor = sink.factor(sum) * (kGeneral ? keep_factor_ : 1.0f);
-#pragma unroll
-    for (int n = 0; n < kHeadSize / 8; ++n) {
-      const int column = 8 * n + 2 * lane;
-      if (column >= a_.call.value_dim) continue;
-      // A row without keys is 0 even if a value that it does not see is NaN.
-      const bool any = factor != 0.0f;
-      sink.put(column, any ? o_[g][n][2 * half] * factor : 0.0f,
-               any ? o_[g][n][2 * half + 1] * factor : 0.0f);
-    }
+    for (int g = 0; g < kGroup; ++g)
+      state(g).write(a_, work_, g, warp_row_, kGeneral ? keep_factor_ : 1.0f);
   }
 
   const Arguments& a_;

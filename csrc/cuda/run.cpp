@@ -309,6 +309,9 @@ class Sequence {
     return p_.modifiers.any() ? kernels_.listed_modified : kernels_.listed;
   }
   void begin(const PassAtHand& pass) {
+    std::fill(std::begin(arguments_.steps), std::end(arguments_.steps), 0);
+    for (std::size_t i = 0; i < std::min<std::size_t>(pass.shape.steps.size(), kMostSteps); ++i)
+      arguments_.steps[i] = pass.shape.steps[i];
     arguments_.passes = pass.table;
     arguments_.plan_batch = pass.plan_batch;
   }

@@ -72,12 +72,12 @@ class DeviceCall {
  public:
   DeviceCall(const AttentionArguments& a, const Expression& pattern, Purpose purpose)
       : stream_(current_stream(a.query.device())),
-        along_(cuda::along_kernels_for(data_type(a.query.scalar_type()))),
-        kernels_(purpose == Purpose::kAlong ? *along_.portable : choose_kernels(a)),
-        pads_(std::strcmp(kernels_.path, "simt") != 0),
         capturing_(a.query.is_cuda() && cuda::is_capturing(stream_.native_handle())),
         on_device_(a, pattern, capturing_),
-        modifiers_(a, pattern) {
+        modifiers_(a, pattern),
+        along_(cuda::along_kernels_for(data_type(a.query.scalar_type()))),
+        kernels_(purpose == Purpose::kAlong ? *along_.portable : choose_kernels(a)),
+        pads_(std::strcmp(kernels_.path, "simt") != 0) {
     const auto patterns = head_patterns(pattern);
     const bool backward = purpose != Purpose::kForward;
     const bool mixed = on_device_.differs_by_head() || mixes_patterns(patterns.size(), a);
@@ -166,9 +166,13 @@ class DeviceCall {
  private:
   const cuda::Kernels& choose_kernels(const AttentionArguments& a) {
     const bool tf32 = a.query.scalar_type() == at::kFloat && allows_tf32();
-    const std::int64_t size = std::max(a.query.size(3), a.value.size(3));
-    return cuda::kernels_for(data_type(a.query.scalar_type()), size, tf32,
-                             cuda::use_device(a.query.device().index()));
+    cuda::KernelChoice choice;
+    choice.type = data_type(a.query.scalar_type());
+    choice.head_size = std::max(a.query.size(3), a.value.size(3));
+    choice.tf32 = tf32;
+    choice.plain = !modifiers_.get().any() && !on_device_.has_programs();
+    choice.device = cuda::use_device(a.query.device().index());
+    return cuda::kernels_for(choice);
   }
 
   /// The kernels take maxima of unscaled logits: the scale is made positive, and the query bears
@@ -202,11 +206,12 @@ class DeviceCall {
   }
 
   const c10::Stream stream_;
-  const cuda::AlongKernels& along_;
-  const cuda::Kernels& kernels_;
-  const bool pads_, capturing_;
+  const bool capturing_;
   DevicePatterns on_device_;
   CallModifiers modifiers_;
+  const cuda::AlongKernels& along_;
+  const cuda::Kernels& kernels_;
+  const bool pads_;
   std::deque<at::Tensor> kept_;
   std::int64_t repeats_ = 1;
   double scale_ = 1.0;

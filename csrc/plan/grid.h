@@ -49,10 +49,11 @@ struct GridPass {
   const RowTile* row_tiles;
   const Tile* key_tiles;
   const std::int64_t* token_list;
-  const std::uint64_t (*masks)[kMaxTile];  // as PlanView's: a word of rows for each key
-  Sweep rows;                              // tiles of rows visit tiles of keys: forward, dQ
-  Sweep keys;                              // tiles of keys visit tiles of rows: dK, dV
-  const Instruction* program;              // of visits marked kEvaluate
+  const std::uint64_t (*masks)[kMaxTile];          // as PlanView's: a word of rows for each key
+  const std::uint64_t (*masks_of_rows)[kMaxTile];  // the same: a word of keys for each row
+  Sweep rows;                                      // tiles of rows visit tiles of keys: forward, dQ
+  Sweep keys;                                      // tiles of keys visit tiles of rows: dK, dV
+  const Instruction* program;                      // of visits marked kEvaluate
   std::int32_t program_size;
 };
 

@@ -18,6 +18,25 @@ std::size_t index(T i) {
   return static_cast<std::size_t>(i);
 }
 
+/// Rows become columns, in halves, quarters and so on (Hacker's Delight, section 7-3).
+Mask transposed(Mask m) {
+  std::uint64_t low = 0x00000000ffffffff;
+  for (std::size_t width = 32; width != 0; width /= 2, low ^= low << width) {
+    for (std::size_t k = 0; k < kMaxTile; k = ((k | width) + 1) & ~width) {
+      const std::uint64_t swapped = ((m[k] >> width) ^ m[k | width]) & low;
+      m[k] ^= swapped << width;
+      m[k | width] ^= swapped;
+    }
+  }
+  return m;
+}
+
+std::vector<Mask> transposed(const std::vector<Mask>& masks) {
+  std::vector<Mask> all;
+  for (const Mask& mask : masks) all.push_back(transposed(mask));
+  return all;
+}
+
 /// Fills each round up to as many reductions as it has in any plan, so that one pair of numbers
 /// names it in all of them.
 void align_rounds(std::vector<SweepArrays*> sweeps, SweepShape& shape) {
@@ -72,7 +91,11 @@ struct GridImage::Layout {
   void share(const Plan& plan) {
     const std::int64_t* tokens = place(plan.token_list);
     const Mask* masks = place(plan.masks);
-    image.shared_[&plan] = {tokens, reinterpret_cast<const std::uint64_t(*)[kMaxTile]>(masks)};
+    const Mask* of_rows = place(transposed(plan.masks));
+    const auto words = [](const Mask* all) {
+      return reinterpret_cast<const std::uint64_t(*)[kMaxTile]>(all);
+    };
+    image.shared_[&plan] = {tokens, words(masks), words(of_rows)};
   }
 
   const Instruction* program(const CompiledProgram& compiled) {
@@ -115,14 +138,15 @@ struct GridImage::Layout {
     const std::int64_t offset = append(passes.data(), passes.size());
     for (std::size_t i = 0; i < passes.size(); ++i) {
       const std::int64_t at = offset + static_cast<std::int64_t>(i * sizeof(GridPass));
-      for (const std::size_t member : {offsetof(GridPass, row_tiles), offsetof(GridPass, key_tiles),
-                                       offsetof(GridPass, token_list), offsetof(GridPass, masks),
-                                       offsetof(GridPass, rows) + offsetof(Sweep, tasks),
-                                       offsetof(GridPass, rows) + offsetof(Sweep, visits),
-                                       offsetof(GridPass, rows) + offsetof(Sweep, reductions),
-                                       offsetof(GridPass, keys) + offsetof(Sweep, tasks),
-                                       offsetof(GridPass, keys) + offsetof(Sweep, visits),
-                                       offsetof(GridPass, keys) + offsetof(Sweep, reductions)}) {
+      for (const std::size_t member :
+           {offsetof(GridPass, row_tiles), offsetof(GridPass, key_tiles),
+            offsetof(GridPass, token_list), offsetof(GridPass, masks),
+            offsetof(GridPass, masks_of_rows), offsetof(GridPass, rows) + offsetof(Sweep, tasks),
+            offsetof(GridPass, rows) + offsetof(Sweep, visits),
+            offsetof(GridPass, rows) + offsetof(Sweep, reductions),
+            offsetof(GridPass, keys) + offsetof(Sweep, tasks),
+            offsetof(GridPass, keys) + offsetof(Sweep, visits),
+            offsetof(GridPass, keys) + offsetof(Sweep, reductions)}) {
         image.pointers_.push_back(at + static_cast<std::int64_t>(member));
       }
       if (passes[i].program_size > 0)
@@ -165,9 +189,15 @@ PassShape GridImage::add_pass(const std::vector<const Plan*>& plans,
   for (std::size_t i = 0; i < passes.size(); ++i) {
     const Shared& shared = shared_.at(plans[i]);
     table.push_back({layout.place(passes[i]->row_tiles), layout.place(passes[i]->key_tiles),
-                     shared.tokens, shared.masks, layout.sweep(arrays[i].rows),
-                     layout.sweep(arrays[i].keys), layout.program(*programs[i]),
+                     shared.tokens, shared.masks, shared.masks_of_rows,
+                     layout.sweep(arrays[i].rows), layout.sweep(arrays[i].keys),
+                     layout.program(*programs[i]),
                      static_cast<std::int32_t>(programs[i]->instructions.size())});
+  }
+  for (const Pass* pass : passes) {
+    const auto step = static_cast<std::int32_t>(pass->step);
+    if (std::find(shape.steps.begin(), shape.steps.end(), step) == shape.steps.end())
+      shape.steps.push_back(step);
   }
   shape.table = layout.table(table);
   return shape;

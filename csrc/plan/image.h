@@ -30,8 +30,9 @@ struct SweepShape {
 struct PassShape {
   SweepShape rows;
   SweepShape keys;
-  bool evaluated = false;  // its visits are left to programs
-  std::int64_t table = 0;  // offset of the pass's GridPass[heads]
+  bool evaluated = false;                // its visits are left to programs
+  std::vector<std::int32_t> steps = {};  // of the residue classes that its tiles are cut of
+  std::int64_t table = 0;                // offset of the pass's GridPass[heads]
 };
 
 class GridImage {
@@ -68,6 +69,7 @@ class GridImage {
   struct Shared {
     const std::int64_t* tokens;
     const std::uint64_t (*masks)[kMaxTile];
+    const std::uint64_t (*masks_of_rows)[kMaxTile];
   };
 
   PassShape add_pass(const std::vector<const Plan*>& plans, const std::vector<const Pass*>& passes,

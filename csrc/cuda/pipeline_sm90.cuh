@@ -1,0 +1,159 @@
+// The pipeline of a block on sm_90a: three warpgroups, of which the first copies tiles into shared
+// memory, and each of the others computes one tile of the task. The block takes one task after the
+// other: tiles of the next arrive while the results of the last are written.
+#pragma once
+
+#include "cuda/args_sm90.h"
+#include "cuda/ptx_sm90.cuh"
+#include "cuda/tiles.cuh"
+
+namespace sparse_attn::cuda {
+
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kWarpsOfConsumer = kWarpgroup / 32;
+constexpr int kSm90Threads = (1 + kConsumers) * kWarpgroup;
+/// In multiples of 8: of the 168 that each of 384 threads begins with, producers give to consumers.
+constexpr int kProducerRegisters = 64, kConsumerRegisters = 224;
+
+/// A use of a ring: its place, and whether the ring has gone round an odd number of times.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ void next() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1u;
+  }
+  __device__ RingPlace following() const {
+    RingPlace place = *this;
+    place.next();
+    return place;
+  }
+};
+
+/// Places for tiles in shared memory, which one warpgroup fills and others empty, in turn.
+template <int kStages_, int kTileBytes>
+class TileRing {
+ public:
+  static constexpr int kStages = kStages_;
+  static constexpr int kBytes = kStages * kTileBytes;
+  static constexpr int kBarrierBytes = 2 * kStages * static_cast<int>(sizeof(MBarrier));
+  using Place = RingPlace<kStages>;
+
+  __device__ TileRing(char* tiles, char* barriers)
+      : tiles_(tiles), full_(reinterpret_cast<MBarrier*>(barriers)), empty_(full_ + kStages) {}
+
+  /// By one thread. So many warps empty it.
+  __device__ void init(int warps) const {
+    for (int i = 0; i < kStages; ++i) {
+      cuda::init(full_ + i, 1);
+      cuda::init(empty_ + i, warps);
+    }
+  }
+
+  __device__ char* tile(const Place& place) const { return tiles_ + place.stage * kTileBytes; }
+  /// To be arrived at by one thread, when the tile is there.
+  __device__ MBarrier* full(const Place& place) const { return full_ + place.stage; }
+  __device__ void await_empty(const Place& place) const {
+    wait(empty_ + place.stage, place.parity ^ 1u);
+  }
+  __device__ void await_full(const Place& place) const { wait(full_ + place.stage, place.parity); }
+  /// The warp has read what it wanted.
+  __device__ void release(const Place& place) const {
+    sync_warp();
+    if (threadIdx.x % 32 == 0) arrive(empty_ + place.stage);
+  }
+
+ private:
+  char* const tiles_;
+  MBarrier* const full_;
+  MBarrier* const empty_;
+};
+
+/// The block's shared memory: each consumer's own tiles, those of the other side that come and go,
+/// and a note about each of them.
+template <int kOwn, int kStages, int kTileBytes_, class Note_>
+struct Sm90Shared {
+  static constexpr int kTileBytes = kTileBytes_;
+  using Note = Note_;
+  using Own = TileRing<kOwn, kTileBytes>;
+  using Other = TileRing<kStages, kTileBytes>;
+  static constexpr int kNotesBytes = kStages * static_cast<int>(sizeof(Note));
+  static constexpr int kBytes = kConsumers * (Own::kBytes + Own::kBarrierBytes) + Other::kBytes +
+                                Other::kBarrierBytes + kNotesBytes;
+
+  __device__ explicit Sm90Shared(char* memory)
+      : other(memory, memory + kTilesBytes),
+        own{Own(memory + Other::kBytes, memory + kTilesBytes + Other::kBarrierBytes),
+            Own(memory + Other::kBytes + Own::kBytes,
+                memory + kTilesBytes + Other::kBarrierBytes + Own::kBarrierBytes)},
+        notes(reinterpret_cast<Note*>(memory + kBytes - kNotesBytes)) {}
+
+  /// By all threads of the block.
+  __device__ void init() const {
+    if (threadIdx.x == 0) {
+      other.init(kConsumers * kWarpsOfConsumer);
+      for (const Own& tiles : own) tiles.init(kWarpsOfConsumer);
+      fence_barriers();
+    }
+    sync_threads();
+  }
+
+  const Other other;
+  const Own own[kConsumers];
+  Note* const notes;
+
+ private:
+  static constexpr int kTilesBytes = Other::kBytes + kConsumers * Own::kBytes;
+};
+
+/// The number of the consumer that a thread is of, -1 in the producer.
+__device__ inline int consumer_number() {
+  return first_lane(static_cast<int>(threadIdx.x) / kWarpgroup) - 1;
+}
+
+/// The visits of a task, as a consumer goes through them. Conditions are taken by vote: they are
+/// the same in all lanes, and so the compiler knows it. Else it waits for each product at once.
+class ConsumerWalk {
+ public:
+  __device__ ConsumerWalk(const Work& work, int consumer) : walk_(work), consumer_(consumer) {}
+
+  /// Whether the consumer's tile takes part in the visit at hand.
+  __device__ bool is_mine() const {
+    return any_lane(!walk_.done() && walk_.mask(consumer_) != kSkip);
+  }
+  __device__ std::int32_t mask() const { return walk_.mask(consumer_); }
+  __device__ void next() { walk_.next(); }
+
+  /// Goes on to a visit that the tile takes part in, and lets go of the two tiles of each other one.
+  template <class Ring>
+  __device__ bool seek(const Ring& ring, typename Ring::Place& place) {
+    while (any_lane(!walk_.done())) {
+      if (is_mine()) return true;
+      for (int i = 0; i < 2; ++i, place.next()) {
+        ring.await_full(place);  // not to be counted for the use before
+        ring.release(place);
+      }
+      walk_.next();
+    }
+    return false;
+  }
+
+ private:
+  VisitWalk walk_;
+  const int consumer_;
+};
+
+/// Calls body(work) for the block's tasks that have something to do. With `keeps`, results without
+/// a visit are those that are there.
+template <class Body>
+__device__ inline void for_each_task(const Sm90Arguments& a, Side side, bool keeps, Body body) {
+  for (std::int64_t i = blockIdx.x; i < a.tasks; i += gridDim.x) {
+    const Work work(a.base, side, HeadWork::numbers_first(a.base.call, side, i));
+    if (any_lane(work.found() && (!keeps || work.has_visits()))) body(work);
+  }
+}
+
+}  // namespace sparse_attn::cuda

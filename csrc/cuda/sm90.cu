@@ -1,0 +1,79 @@
+// The kernels for sm_90a of one storage type and head size, SPARSE_ATTN_SCALAR and
+// SPARSE_ATTN_HEAD_SIZE, which CMakeLists.txt sets. They serve passes with masks of the plan, in
+// calls without modifiers; what is not a product comes from the portable kernels of the type.
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/backward_sm90.cuh"
+#include "cuda/forward_sm90.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.cuh"
+
+#define SPARSE_ATTN_NAME3(path, scalar, size) path##_##scalar##_##size
+#define SPARSE_ATTN_NAME2(path, scalar, size) SPARSE_ATTN_NAME3(path, scalar, size)
+#define SPARSE_ATTN_NAME(path) SPARSE_ATTN_NAME2(path, SPARSE_ATTN_SCALAR, SPARSE_ATTN_HEAD_SIZE)
+
+namespace sparse_attn::cuda {
+namespace {
+
+constexpr int kHeadSize = SPARSE_ATTN_HEAD_SIZE;
+using S = SPARSE_ATTN_SCALAR;
+using Forward = Sm90Forward<S, kHeadSize>;
+using GradQuery = Sm90Backward<S, kHeadSize, Grad::kQuery>;
+using GradKeyValue = Sm90Backward<S, kHeadSize, Grad::kKeyValue>;
+
+/// Heads or batches that are one piece of memory seen several times have no map.
+bool has_map(const TensorView& view, std::int64_t batch, std::int64_t heads, std::int64_t tokens) {
+  return (batch == 1 || view.batch_stride > 0) && (heads == 1 || view.head_stride > 0) &&
+         (tokens == 1 || view.row_stride > 0);
+}
+
+/// Of each step; a dimension of one element has the stride of the next smaller.
+void map_rows(MappedRows& to, const TensorView& view, std::int64_t batch, std::int64_t heads,
+              std::int64_t tokens, std::int64_t columns, std::int32_t (&steps)[kMostSteps]) {
+  constexpr std::int64_t kAnyStride = 8;  // 16 bytes
+  MappedTensor tensor;
+  tensor.view = view;
+  tensor.type = std::is_same_v<S, bfloat16> ? DataType::kBFloat16 : DataType::kFloat16;
+  tensor.batch = batch;
+  tensor.heads = heads;
+  tensor.tokens = tokens;
+  tensor.columns = columns;
+  if (tokens == 1) tensor.view.row_stride = kAnyStride;
+  if (heads == 1) tensor.view.head_stride = kAnyStride;
+  if (batch == 1) tensor.view.batch_stride = kAnyStride;
+  for (int i = 0; i < kMostSteps; ++i) {
+    if (!has_map(view, batch, heads, tokens)) steps[i] = 0;
+    if (steps[i] > 0) to.maps[i] = make_tensor_map(tensor, steps[i]);
+  }
+}
+
+template <class Kernel>
+void launch_sm90(std::int64_t tasks, void* stream, const Arguments& arguments) {
+  Sm90Arguments all;
+  all.base = arguments;
+  all.tasks = tasks;
+  const AttentionParams& p = arguments.call;
+  auto& steps = all.base.steps;
+  map_rows(all.query, p.query, p.batch, p.heads, p.n_q, p.head_dim, steps);
+  map_rows(all.key, p.key, p.batch, p.heads_kv, p.n_k, p.head_dim, steps);
+  map_rows(all.value, p.value, p.batch, p.heads_kv, p.n_k, p.value_dim, steps);
+  if (p.grad_output.data != nullptr)
+    map_rows(all.grad_output, p.grad_output, p.batch, p.heads, p.n_q, p.value_dim, steps);
+  launch<Kernel>(std::min<std::int64_t>(tasks, multiprocessors()), stream, all);
+}
+
+}  // namespace
+
+Kernels SPARSE_ATTN_NAME(sm90)(const Kernels& portable) {
+  Kernels kernels = portable;
+  kernels.path = "sm90";
+  kernels.shared_bytes = largest_shared<Forward, GradQuery, GradKeyValue>;
+  kernels.in_forward = kernels.in_backward = {kConsumers, kConsumers};
+  kernels.planned = {launch_sm90<Forward>, launch_sm90<GradQuery>, launch_sm90<GradKeyValue>,
+                     nullptr, nullptr};
+  kernels.evaluated = kernels.modified = {};
+  return kernels;
+}
+
+}  // namespace sparse_attn::cuda
