@@ -126,7 +126,7 @@ void test_shared_memory() {
   constexpr int kBytes = 1024;
   run_threads<32, kBytes>([](int thread) {
     if (thread != 0) return;
-    CHECK_EQUAL(reinterpret_cast<std::uintptr_t>(shared_memory()) % 128, 0u);
+    CHECK_EQUAL(reinterpret_cast<std::uintptr_t>(shared_memory()) % 1024, 0u);
     for (int i = 0; i < kBytes / 8; ++i) CHECK(std::isnan(shared<double>()[i]));
     for (int i = 0; i < kBytes / 4; ++i) CHECK(std::isnan(shared<float>()[i]));
     for (int i = 0; i < kBytes / 2; ++i) {
