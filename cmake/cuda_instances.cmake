@@ -87,5 +87,6 @@ endmacro()
 # The same on the emulator.
 function(sparse_attn_add_emulated_cuda library)
   sparse_attn_add_cuda(${library} LANGUAGE CXX
-                       SOURCES ${sparse_attn_SOURCE_DIR}/tests/native/emulator/device.cpp)
+                       SOURCES ${sparse_attn_SOURCE_DIR}/tests/native/emulator/device.cpp
+                               ${sparse_attn_SOURCE_DIR}/tests/native/emulator/tensor_map.cpp)
 endfunction()

@@ -9,9 +9,9 @@ namespace sparse_attn::cuda {
 
 // ---- the thread block ---------------------------------------------------------------------------
 
-/// The block's dynamic shared memory; there is no other.
+/// The block's dynamic shared memory; there is no other. Tiles that TMA swizzles want 1024 bytes.
 __device__ inline char* shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 

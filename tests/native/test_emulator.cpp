@@ -1,52 +1,18 @@
 // The device emulator: every instruction against its definition, and that planted mistakes are
 // found. Built once for each executor; see emulator/README.md.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <vector>
 
-#include "check.h"
-#include "cuda/launch.cuh"
 #include "emulator/planted_kernel.h"
+#include "emulator_case.h"
 #include "random_patterns.h"
 #include "scalar_types.h"
 
-#if defined(__SANITIZE_THREAD__)
-constexpr bool kSeesRaces = true;
-#else
-constexpr bool kSeesRaces = false;
-#endif
-
 namespace {
 
-using namespace sparse_attn::cuda;
-
-constexpr bool kFibers = std::string_view(emulator::Executor::kName) == "fibers";
-constexpr int kSeeds = kFibers ? 20 : 2;
-
-// ---- a kernel from a lambda ---------------------------------------------------------------------
-
-template <class Body, int kThreads_, int kBytes>
-struct BodyKernel {
-  static constexpr int kThreads = kThreads_, kBlocksPerSM = 1, kSharedBytes = kBytes;
-  static void run(const Body& body) { body(static_cast<int>(threadIdx.x)); }
-};
-
-template <int kThreads, int kBytes = 0, class Body>
-void run_threads(const Body& body, int blocks = 1) {
-  emulator::run<BodyKernel<Body, kThreads, kBytes>>(blocks, body);
-}
-
-template <class T>
-T* shared() {
-  return reinterpret_cast<T*>(shared_memory());
-}
-
-std::size_t at(int i) { return static_cast<std::size_t>(i); }
+using namespace emulator_case;
 
 // ---- numbers ------------------------------------------------------------------------------------
 
@@ -126,7 +92,7 @@ void test_shared_memory() {
   constexpr int kBytes = 1024;
   run_threads<32, kBytes>([](int thread) {
     if (thread != 0) return;
-    CHECK_EQUAL(reinterpret_cast<std::uintptr_t>(shared_memory()) % 128, 0u);
+    CHECK_EQUAL(reinterpret_cast<std::uintptr_t>(shared_memory()) % 1024, 0u);
     for (int i = 0; i < kBytes / 8; ++i) CHECK(std::isnan(shared<double>()[i]));
     for (int i = 0; i < kBytes / 4; ++i) CHECK(std::isnan(shared<float>()[i]));
     for (int i = 0; i < kBytes / 2; ++i) {
@@ -324,50 +290,6 @@ int wrong_seeds() {
   int wrong = 0;
   for (int seed = 0; seed < kSeeds; ++seed) wrong += !is_right<kBug>(static_cast<unsigned>(seed));
   return wrong;
-}
-
-struct Outcome {
-  bool passed;
-  int exit_code;  // -1 if a signal ended it
-  std::string errors;
-};
-
-Outcome in_child(const std::function<bool()>& body) {
-  int ends[2];
-  if (pipe(ends) != 0) return {true, 0, "no pipe"};
-  const pid_t child = fork();
-  if (child == 0) {
-    dup2(ends[1], STDERR_FILENO);
-    std::exit(body() ? 0 : 3);
-  }
-  close(ends[1]);
-  Outcome outcome{};
-  char part[4096];
-  for (ssize_t got; (got = read(ends[0], part, sizeof(part))) > 0;)
-    outcome.errors.append(part, static_cast<std::size_t>(got));
-  close(ends[0]);
-  int status = 0;
-  waitpid(child, &status, 0);
-  outcome.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  outcome.passed = outcome.exit_code == 0;
-  return outcome;
-}
-
-bool contains(const std::string& text, const char* part) {
-  return text.find(part) != std::string::npos;
-}
-
-/// The process ends, with these words.
-void check_dies(const char* words, const std::function<void()>& body) {
-  const Outcome outcome = in_child([&] {
-    body();
-    return true;
-  });
-  check::context = words;
-  CHECK(!outcome.passed);
-  CHECK(contains(outcome.errors, words));
-  if (!contains(outcome.errors, words)) std::cerr << outcome.errors;
-  check::context.clear();
 }
 
 template <Bug kBug>

@@ -67,14 +67,23 @@ class SharedMemory {
 
   char* data() const { return allocated_ + kRedZone; }
 
-  /// Instructions that take 16 bytes want them aligned.
-  void check(const void* address, const char* instruction) const {
+  int bytes() const { return bytes_; }
+
+  /// The byte that an instruction's operand begins at, if it is inside and aligned.
+  int offset(const void* address, int bytes, int alignment, const char* instruction) const {
     const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(address) -
                                                   reinterpret_cast<std::uintptr_t>(data()));
-    const std::string where = std::string(instruction) + " at byte " + std::to_string(offset);
-    if (offset < 0 || offset + 16 > bytes_)
-      fail(where + " of shared memory, which has " + std::to_string(bytes_) + " bytes");
-    if (offset % 16 != 0) fail(where + " of shared memory, which is not aligned to 16 bytes");
+    if (offset < 0 || offset + bytes > bytes_)
+      fail(place(instruction, offset) + ", which has " + std::to_string(bytes_) + " bytes");
+    if (offset % alignment != 0) {
+      fail(place(instruction, offset) + ", which is not aligned to " + std::to_string(alignment) +
+           " bytes");
+    }
+    return static_cast<int>(offset);
+  }
+  /// Instructions that take 16 bytes want them aligned.
+  void check(const void* address, const char* instruction) const {
+    offset(address, 16, 16, instruction);
   }
 
   void check_red_zones() const {
@@ -87,7 +96,11 @@ class SharedMemory {
   }
 
  private:
-  static constexpr int kRedZone = 1024, kAlignment = 128;
+  static std::string place(const char* instruction, std::int64_t offset) {
+    return std::string(instruction) + " at byte " + std::to_string(offset) + " of shared memory";
+  }
+
+  static constexpr int kRedZone = 1024, kAlignment = 1024;
   static constexpr char kRed = 0x5a;
 
 #ifdef SPARSE_ATTN_EMULATOR_ASAN
@@ -107,6 +120,36 @@ class SharedMemory {
   char* allocated_;
 };
 
+/// Which places of 16 bytes a thread has filled by cp.async and not fenced since, so that wgmma
+/// must not read them. Relaxed: orders nothing.
+class Unfenced {
+ public:
+  Unfenced(int shared_bytes, int threads)
+      : marks_(static_cast<std::size_t>(shared_bytes / 16)),
+        fences_(static_cast<std::size_t>(threads)) {}
+
+  void landed(int byte, unsigned thread) { mark(byte).store(now(thread), kRelaxed); }
+  void overwritten(int byte) { mark(byte).store(0, kRelaxed); }
+  void fence(unsigned thread) { fences_[thread].fetch_add(1, kRelaxed); }
+
+  bool at(int byte) const {
+    const std::uint32_t was = marks_[static_cast<std::size_t>(byte / 16)].load(kRelaxed);
+    return was != 0 && was == now(was % kThreads - 1);
+  }
+
+ private:
+  static constexpr std::memory_order kRelaxed = std::memory_order_relaxed;
+  static constexpr std::uint32_t kThreads = 2048;
+
+  std::atomic<std::uint32_t>& mark(int byte) { return marks_[static_cast<std::size_t>(byte / 16)]; }
+  /// The thread, and how many fences it has had.
+  std::uint32_t now(unsigned thread) const {
+    return fences_[thread].load(kRelaxed) * kThreads + thread + 1;
+  }
+
+  std::vector<std::atomic<std::uint32_t>> marks_, fences_;
+};
+
 /// `body(arguments)` is what each of its threads runs.
 struct Block {
   Block(int number_, int blocks_, int threads_, int shared_bytes, std::uint64_t block_seed)
@@ -115,6 +158,7 @@ struct Block {
         threads(threads_),
         random(block_seed),
         shared(shared_bytes, random),
+        unfenced(shared_bytes, threads_),
         places(static_cast<std::size_t>(threads_)) {}
 
   /// Where a thread waits, or "the end"; null while it can go on.
@@ -137,8 +181,10 @@ struct Block {
   const int number, blocks, threads;
   void (*body)(const void* arguments) = nullptr;
   const void* arguments = nullptr;
+  std::size_t argument_bytes = 0;
   Random random;
   SharedMemory shared;
+  Unfenced unfenced;
   std::vector<std::atomic<const char*>> places;
 };
 

@@ -7,7 +7,10 @@
 
 #include <sys/mman.h>
 
+#include <cstdint>
+#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "host/copies.h"
@@ -63,12 +66,7 @@ class ReadyThreads {
     return thread;
   }
 
- private:
-  struct Warp {
-    int threads[kWarp];
-    int count = 0;
-  };
-
+  /// To any with threads.
   void change_warp(Random& random) {
     const auto first = static_cast<std::size_t>(random.below(static_cast<int>(warps_.size())));
     for (std::size_t i = 0; i < warps_.size(); ++i) {
@@ -77,13 +75,66 @@ class ReadyThreads {
     }
   }
 
+ private:
+  struct Warp {
+    int threads[kWarp];
+    int count = 0;
+  };
+
   std::vector<Warp> warps_;
   Warp* warp_ = &warps_[0];
+};
+
+/// What units other than threads do, each at a moment of its own: after some switches.
+class Later {
+ public:
+  void add(std::function<void()> action, Random& random) {
+    constexpr int kScales = 12;  // soon, or after thousands
+    const int delay = random.below(1 << random.below(kScales)) + 1;
+    actions_.push_back({switches_ + static_cast<std::uint64_t>(delay), std::move(action)});
+  }
+  /// With every switch of the threads.
+  void tick() {
+    ++switches_;
+    for (std::size_t i = 0; i < actions_.size();) actions_[i].due <= switches_ ? run(i) : (void)++i;
+  }
+  /// Any one, when there is nothing else to do.
+  bool run_one(Random& random) {
+    if (actions_.empty()) return false;
+    run(static_cast<std::size_t>(random.below(static_cast<int>(actions_.size()))));
+    return true;
+  }
+
+ private:
+  struct Action {
+    std::uint64_t due;
+    std::function<void()> run;
+  };
+
+  void run(std::size_t i) {
+    std::swap(actions_[i], actions_.back());
+    const std::function<void()> action = std::move(actions_.back().run);
+    actions_.pop_back();
+    action();
+  }
+
+  std::vector<Action> actions_;
+  std::uint64_t switches_ = 0;
+};
+
+/// Threads that wait for the same thing.
+struct Waiters {
+  std::vector<int> threads;
 };
 
 class Executor {
  public:
   static constexpr const char* kName = "fibers";
+
+  /// What several threads use is used under it.
+  struct Lock {
+    Lock() {}
+  };
 
   void run() {
     const auto threads = static_cast<std::size_t>(block->threads);
@@ -92,6 +143,7 @@ class Executor {
     ready_ = std::make_unique<ReadyThreads>(block->threads);
     barrier_ = BarrierMeeting();
     warps_.assign(threads / kWarp, WarpMeeting());
+    later_ = Later();
     live_ = block->threads;
     from_caller_ = true;
     blockIdx.x = static_cast<unsigned>(block->number);
@@ -124,6 +176,33 @@ class Executor {
 
   Copies& copies() { return running_->copies; }
 
+  /// Until is_over(): who makes it so wakes all.
+  template <class IsOver>
+  void wait(Lock&, Waiters& waiters, const char* place, IsOver is_over) {
+    while (!is_over()) {
+      waiters.threads.push_back(thread());
+      block->set_place(thread(), place);
+      run_others();
+    }
+  }
+  void wake_all(Waiters& waiters) {
+    for (const int woken : waiters.threads) wake(woken);
+    waiters.threads.clear();
+  }
+  /// What others do now may come before what this thread does next.
+  void pause() {
+    if (block->random.below(2) == 0) return;
+    ready_->add(thread());
+    ready_->change_warp(block->random);
+    run_others();
+  }
+  /// `action` is not the thread's own, and happens at any time from now on.
+  void later(std::function<void()> action) { later_.add(std::move(action), block->random); }
+
+  /// What one thread did before a release, another sees after its acquire.
+  void release(void*) {}
+  void acquire(void*) {}
+
  private:
   struct Fiber {
     Fiber() = default;  // what called run()
@@ -151,7 +230,9 @@ class Executor {
   }
 
   void run_others() {
-    const int next = ready_->draw(block->random);
+    later_.tick();
+    int next = ready_->draw(block->random);
+    while (next < 0 && later_.run_one(block->random)) next = ready_->draw(block->random);
     if (next < 0) block->fail_deadlock();
     Fiber& fiber = *fibers_[static_cast<std::size_t>(next)];
     if (&fiber != running_) switch_to(fiber);
@@ -201,6 +282,7 @@ class Executor {
   Fiber* running_ = &caller_;
   bool from_caller_ = true;
   int live_ = 0;
+  Later later_;
   std::unique_ptr<ReadyThreads> ready_;
   BarrierMeeting barrier_;
   std::vector<WarpMeeting> warps_;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "host/executor.h"
+#include "host/units.h"
 
 namespace sparse_attn::cuda::emulator {
 
@@ -17,9 +17,14 @@ void run(std::int64_t blocks, const Arguments& arguments) {
     Block now(number, count, Kernel::kThreads, Kernel::kSharedBytes, random.word());
     now.body = [](const void* a) { Kernel::run(*static_cast<const Arguments*>(a)); };
     now.arguments = &arguments;
+    now.argument_bytes = sizeof(arguments);
     block = &now;
+    Units now_units(now);
+    units = &now_units;
     executor.run();
+    now_units.check_done();
     now.shared.check_red_zones();
+    units = nullptr;
     block = nullptr;
   }
 }

@@ -6,13 +6,17 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "host/copies.h"
+#include "host/hidden_lock.h"
 #include "host/meetings.h"
 
 namespace sparse_attn::cuda::emulator {
@@ -53,9 +57,21 @@ struct GatePair {
   Gate<Meeting> gates[2];
 };
 
+/// Threads that wait for the same thing.
+struct Waiters {
+  std::condition_variable changed;
+  unsigned wakes = 0;
+  int threads = 0;
+};
+
 class Executor {
  public:
   static constexpr const char* kName = "threads";
+
+  /// What several threads use is used under it.
+  struct Lock : HiddenLock {
+    Lock();
+  };
 
   void run() {
     barrier_ = std::make_unique<GatePair<BarrierMeeting>>();
@@ -65,6 +81,8 @@ class Executor {
     for (const int i : shuffled(block->threads, block->random))
       threads.emplace_back([this, i] { run_thread(i); });
     for (std::thread& thread : threads) thread.join();
+    for (std::thread& action : later_) action.join();
+    later_.clear();
   }
 
   bool barrier(const char* name, bool predicate) {
@@ -88,6 +106,44 @@ class Executor {
 
   Copies& copies() { return own().copies; }
 
+  /// Until is_over(): who makes it so wakes all.
+  template <class IsOver>
+  void wait(Lock& lock, Waiters& waiters, const char* place, IsOver is_over) {
+    while (!is_over()) {
+      ++waiters.threads;
+      wait_at(place);
+      const unsigned wakes = waiters.wakes;
+      while (waiters.wakes == wakes) lock.wait(waiters.changed);
+    }
+    block->set_place(thread(), nullptr);
+  }
+  void wake_all(Waiters& waiters) {
+    wake(waiters.threads);
+    waiters.threads = 0;
+    ++waiters.wakes;
+    waiters.changed.notify_all();
+  }
+  void pause() { std::this_thread::yield(); }
+
+  /// `action` is not the thread's own, and happens at any time from now on: it has an OS thread of
+  /// its own, which is ordered after this place and not after what the thread does next.
+  void later(std::function<void()> action) {
+    add(1);
+    const unsigned by = threadIdx.x;
+    std::thread unit([this, by, action = std::move(action)] {
+      threadIdx.x = by;
+      std::this_thread::sleep_for(delay());
+      action();
+      check_progress(add(-1));
+    });
+    const Lock lock;
+    later_.push_back(std::move(unit));
+  }
+
+  /// What one thread did before a release, another sees after its acquire. Under the lock.
+  void release(void* order) { tell_release(order); }
+  void acquire(void* order) { tell_acquire(order); }
+
  private:
   struct Own {
     Copies copies;
@@ -110,6 +166,12 @@ class Executor {
     check_progress(add(-1));
   }
 
+  /// At once, or after so long that threads wait.
+  static std::chrono::microseconds delay() {
+    const Lock lock;
+    return std::chrono::microseconds(block->random.below(1 << block->random.below(10)));
+  }
+
   void wait_at(const char* name) {
     block->set_place(thread(), name);
     check_progress(add(kOneWaits - 1));
@@ -128,8 +190,12 @@ class Executor {
   std::atomic<std::int64_t> counts_{0};  // threads that run, and kOneWaits for each that waits
   std::unique_ptr<GatePair<BarrierMeeting>> barrier_;
   std::vector<GatePair<WarpMeeting>> warps_;
+  std::mutex units_;
+  std::vector<std::thread> later_;
 };
 
 inline Executor executor;
+
+inline Executor::Lock::Lock() : HiddenLock(executor.units_) {}
 
 }  // namespace sparse_attn::cuda::emulator

@@ -32,6 +32,18 @@ struct ShuffleXor {
 template <class T>
 inline constexpr Collective kShuffleXor = {"shuffle_xor", ShuffleXor<T>::compute};
 
+struct AnyLane {
+  bool predicate, holds = false;
+
+  static void compute(void* const (&operands)[kWarp], int) {
+    bool any = false;
+    for (void* lane : operands) any |= static_cast<AnyLane*>(lane)->predicate;
+    for (void* lane : operands) static_cast<AnyLane*>(lane)->holds = any;
+  }
+};
+
+inline constexpr Collective kAnyLane = {"any_lane", AnyLane::compute};
+
 struct Ldmatrix {
   std::uint32_t (&d)[4];
   const char* row;
