@@ -27,8 +27,8 @@ class Sm90Backward {
   static constexpr bool kByRows = kGrad == Grad::kQuery;
   static constexpr Side kSide = kByRows ? Side::kRows : Side::kKeys;
   static constexpr int kStages = kHeadSize > 64 ? 6 : 8;
-  /// Else dS is made of P as it goes into the product for dV: two sums of 64 registers leave no room
-  /// for another P.
+  /// Else dS is made of P as it goes into the product for dV: two sums of 64 registers leave no
+  /// room for another P.
   static constexpr bool kKeepsP = kByRows || kHeadSize <= 64;
   using Copies = TileCopies<S, kHeadSize>;
   using Products = WarpgroupProducts<S, kHeadSize>;
@@ -96,7 +96,7 @@ class Sm90Backward {
     __device__ Producer(const Sm90Arguments& a, const Shared& shared) : a_(a), shared_(shared) {}
 
     __device__ void run() {
-      for_each_task(a_, kSide, a_.base.grad_query.add, [&](const Work& work) {
+      for_each_task(a_, kSide, a_.base.grad_query.add, [&](const Work& work, std::int64_t) {
         const Copies copies(a_, work);
 #pragma unroll
         for (int g = 0; g < kConsumers; ++g) {
@@ -145,20 +145,25 @@ class Sm90Backward {
       const float* lse = lse_of(a_.base, work.batch, head);
       float of_rows[2];
       rows.load(of_rows, lse, -kInfinity);
-      const std::uint64_t live =
-          ballot(of_rows[0] != -kInfinity) |
-          static_cast<std::uint64_t>(ballot(of_rows[1] != -kInfinity)) << 32;
+      const std::uint64_t live = ballot(of_rows[0] != -kInfinity) |
+                                 static_cast<std::uint64_t>(ballot(of_rows[1] != -kInfinity)) << 32;
+      bool counts[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        of_rows[i] = rows.owned(i) && of_rows[i] != -kInfinity ? of_rows[i] * kLog2E : kInfinity;
+      for (int i = 0; i < 2; ++i) {
+        counts[i] = rows.owned(i) && of_rows[i] != -kInfinity;
+        of_rows[i] = counts[i] ? of_rows[i] * kLog2E : kInfinity;
+      }
       copy(copies, tile.rows, live, query_source<S>(a_, work, head),
            [&](TileNote<kGrad>& to) { rows.store(to, of_rows); });
       rows.load(of_rows, delta_of(a_.base, work.batch, head), 0.0f);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) of_rows[i] = counts[i] ? of_rows[i] : 0.0f;
       copy(copies, tile.rows, live, grad_output_source<S>(a_, work, head),
            [&](TileNote<kGrad>& to) { rows.store(to, of_rows); });
     }
 
-    /// The next tile, and the note about it. Rows that are not live become zeros, whatever they hold.
+    /// The next tile, and the note about it. Rows that are not live become zeros, whatever they
+    /// hold.
     template <class Note>
     __device__ void copy(const Copies& copies, const Tile& tile, std::uint64_t live,
                          const TileSource<S>& from, Note note) {
@@ -185,7 +190,11 @@ class Sm90Backward {
           scale_(static_cast<float>(a.base.call.scale) * kLog2E) {}
 
     __device__ void run() {
-      for_each_task(all_, kSide, a_.grad_query.add, [&](const Work& work) { sum(work); });
+      for_each_task(all_, kSide, a_.grad_query.add, [&](const Work& work, std::int64_t task) {
+        sum(work);
+        // The fields of `work` would take 20 registers all the while.
+        write(work_of(all_, kSide, anew(task)));
+      });
     }
 
    private:
@@ -201,7 +210,6 @@ class Sm90Backward {
         while (walk.seek(shared_.other, place_)) stream(work, walk);
       }
       let_go_of_own(work);
-      write(work);
     }
 
     // ---- tiles --------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ __device__ inline std::uint64_t first_rows(int count) {
 template <class S, int kHeadSize>
 class TileCopies {
   static constexpr int kRowBytesOfPiece = kBoxColumns * static_cast<int>(sizeof(S));
-  static constexpr int kProducerBarrier = 1;
 
  public:
   static constexpr int kPieces = kHeadSize / kBoxColumns;
@@ -38,16 +37,18 @@ class TileCopies {
   __device__ void start(char* to, MBarrier* full, const TileSource<S>& from, const Tile& tile,
                         std::uint64_t live) const {
     const int map = live == first_rows(tile.count) ? map_of(tile, from.tokens) : -1;
-    if (map >= 0) {
-      if (threadIdx.x == 0) copy_box(to, full, from, tile, map);
-      return;
+    if (map < 0) {
+      copy_rows(to, from, tile, live);
+      cp_async_commit();
+      cp_async_wait<0>();
+      fence_async();
     }
-    copy_rows(to, from, tile, live);
-    cp_async_commit();
-    cp_async_wait<0>();
-    fence_async();
-    sync_some(kProducerBarrier, kWarpgroup);
-    if (threadIdx.x == 0) arrive(full);
+    sync_warp();  // no lane may still be waiting for a phase before this one
+    if (map >= 0 && threadIdx.x == 0) {
+      copy_box(to, full, from, tile, map);
+    } else if (threadIdx.x % 32 == 0) {
+      arrive(full);
+    }
   }
 
  private:

@@ -40,7 +40,7 @@ class Sm90Forward {
     __device__ Producer(const Sm90Arguments& a, const Shared& shared) : a_(a), shared_(shared) {}
 
     __device__ void run() {
-      for_each_task(a_, Side::kRows, !a_.base.first, [&](const Work& work) {
+      for_each_task(a_, Side::kRows, !a_.base.first, [&](const Work& work, std::int64_t) {
         const Copies copies(a_, work);
 #pragma unroll
         for (int g = 0; g < kConsumers; ++g) {
@@ -92,7 +92,8 @@ class Sm90Forward {
           scale_(static_cast<float>(a.base.call.scale) * kLog2E) {}
 
     __device__ void run() {
-      for_each_task(all_, Side::kRows, !a_.first, [&](const Work& work) { attend(work); });
+      for_each_task(all_, Side::kRows, !a_.first,
+                    [&](const Work& work, std::int64_t) { attend(work); });
     }
 
    private:

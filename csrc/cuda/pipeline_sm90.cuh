@@ -10,7 +10,7 @@
 namespace sparse_attn::cuda {
 
 constexpr int kConsumers = 2;  // warpgroups
-constexpr int kWarpsOfConsumer = kWarpgroup / 32;
+constexpr int kWarps = kWarpgroup / 32;
 constexpr int kSm90Threads = (1 + kConsumers) * kWarpgroup;
 /// In multiples of 8: of the 168 that each of 384 threads begins with, producers give to consumers.
 constexpr int kProducerRegisters = 64, kConsumerRegisters = 224;
@@ -45,16 +45,17 @@ class TileRing {
   __device__ TileRing(char* tiles, char* barriers)
       : tiles_(tiles), full_(reinterpret_cast<MBarrier*>(barriers)), empty_(full_ + kStages) {}
 
-  /// By one thread. So many warps empty it.
+  /// By one thread. So many warps empty it, and all of the producer fill it: one that need not copy
+  /// anything arrives all the same, since phases that it has missed it would wait for in vain.
   __device__ void init(int warps) const {
     for (int i = 0; i < kStages; ++i) {
-      cuda::init(full_ + i, 1);
+      cuda::init(full_ + i, kWarps);
       cuda::init(empty_ + i, warps);
     }
   }
 
   __device__ char* tile(const Place& place) const { return tiles_ + place.stage * kTileBytes; }
-  /// To be arrived at by one thread, when the tile is there.
+  /// To be arrived at by a thread of each warp of the producer, when what it copies is there.
   __device__ MBarrier* full(const Place& place) const { return full_ + place.stage; }
   __device__ void await_empty(const Place& place) const {
     wait(empty_ + place.stage, place.parity ^ 1u);
@@ -94,8 +95,8 @@ struct Sm90Shared {
   /// By all threads of the block.
   __device__ void init() const {
     if (threadIdx.x == 0) {
-      other.init(kConsumers * kWarpsOfConsumer);
-      for (const Own& tiles : own) tiles.init(kWarpsOfConsumer);
+      other.init(kConsumers * kWarps);
+      for (const Own& tiles : own) tiles.init(kWarps);
       fence_barriers();
     }
     sync_threads();
@@ -127,7 +128,8 @@ class ConsumerWalk {
   __device__ std::int32_t mask() const { return walk_.mask(consumer_); }
   __device__ void next() { walk_.next(); }
 
-  /// Goes on to a visit that the tile takes part in, and lets go of the two tiles of each other one.
+  /// Goes on to a visit that the tile takes part in, and lets go of the two tiles of each other
+  /// one.
   template <class Ring>
   __device__ bool seek(const Ring& ring, typename Ring::Place& place) {
     while (any_lane(!walk_.done())) {
@@ -146,13 +148,17 @@ class ConsumerWalk {
   const int consumer_;
 };
 
-/// Calls body(work) for the block's tasks that have something to do. With `keeps`, results without
-/// a visit are those that are there.
+__device__ inline Work work_of(const Sm90Arguments& a, Side side, std::int64_t task) {
+  return Work(a.base, side, HeadWork::numbers_first(a.base.call, side, task));
+}
+
+/// Calls body(work, task) for the block's tasks that have something to do. With `keeps`, results
+/// without a visit are those that are there.
 template <class Body>
 __device__ inline void for_each_task(const Sm90Arguments& a, Side side, bool keeps, Body body) {
-  for (std::int64_t i = blockIdx.x; i < a.tasks; i += gridDim.x) {
-    const Work work(a.base, side, HeadWork::numbers_first(a.base.call, side, i));
-    if (any_lane(work.found() && (!keeps || work.has_visits()))) body(work);
+  for (std::int64_t task = blockIdx.x; task < a.tasks; task += gridDim.x) {
+    const Work work = work_of(a, side, task);
+    if (any_lane(work.found() && (!keeps || work.has_visits()))) body(work, task);
   }
 }
 

@@ -42,6 +42,13 @@ __device__ inline bool any_lane(bool predicate) { return __any_sync(0xffffffffu,
 /// The value that the first lane of the warp has.
 __device__ inline int first_lane(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
+/// The same number, though the compiler does not know it: what is made of it is made anew, not kept
+/// in registers from before.
+__device__ inline std::int64_t anew(std::int64_t number) {
+  asm volatile("" : "+l"(number));
+  return number;
+}
+
 // ---- barriers in shared memory ------------------------------------------------------------------
 
 /// Counts arrivals and bytes. Its phases are numbered from 0; one is over when all have arrived and

@@ -43,7 +43,7 @@ void map_rows(MappedRows& to, const TensorView& view, std::int64_t batch, std::i
   if (heads == 1) tensor.view.head_stride = kAnyStride;
   if (batch == 1) tensor.view.batch_stride = kAnyStride;
   for (int i = 0; i < kMostSteps; ++i) {
-    if (!has_map(view, batch, heads, tokens)) steps[i] = 0;
+    if (!has_map(view, batch, heads, tokens) || tokens < steps[i]) steps[i] = 0;
     if (steps[i] > 0) to.maps[i] = make_tensor_map(tensor, steps[i]);
   }
 }

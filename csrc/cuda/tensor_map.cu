@@ -3,7 +3,6 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -35,11 +34,10 @@ Encode encode() {
 TensorMap make_tensor_map(const MappedTensor& tensor, std::int64_t step) {
   constexpr cuuint32_t kRank = 5;
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) == 64);
-  const std::int64_t rows = std::max<std::int64_t>(1, tensor.tokens / step);
-  const cuuint64_t sizes[kRank] = {static_cast<cuuint64_t>(tensor.columns),
-                                   static_cast<cuuint64_t>(step), static_cast<cuuint64_t>(rows),
-                                   static_cast<cuuint64_t>(tensor.heads),
-                                   static_cast<cuuint64_t>(tensor.batch)};
+  const cuuint64_t sizes[kRank] = {
+      static_cast<cuuint64_t>(tensor.columns), static_cast<cuuint64_t>(step),
+      static_cast<cuuint64_t>(tensor.tokens / step), static_cast<cuuint64_t>(tensor.heads),
+      static_cast<cuuint64_t>(tensor.batch)};
   const auto bytes = [](std::int64_t stride) { return static_cast<cuuint64_t>(2 * stride); };
   const cuuint64_t strides[kRank - 1] = {
       bytes(tensor.view.row_stride), bytes(step * tensor.view.row_stride),

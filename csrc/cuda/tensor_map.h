@@ -27,7 +27,7 @@ struct MappedTensor {
 /// Boxes of kBoxTokens tokens of one class and kBoxColumns columns. Coordinates are (column, class,
 /// token within the class, head, batch). Of each class the first tokens / step are in the map:
 /// another `tokens % step` tokens at the end are not. Throws std::runtime_error if the driver
-/// refuses.
+/// refuses, as it does fewer tokens than the step.
 TensorMap make_tensor_map(const MappedTensor& tensor, std::int64_t step);
 
 }  // namespace sparse_attn::cuda

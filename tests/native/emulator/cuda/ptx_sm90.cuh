@@ -29,11 +29,20 @@ inline void sync_some(int barrier, int threads) {
   emulator::units->named_barriers.sync(barrier, threads);
 }
 
-inline bool any_lane(bool predicate) {
-  emulator::AnyLane operands{predicate};
-  emulator::execute(emulator::kAnyLane, 0, operands);
-  return operands.holds;
+inline std::uint32_t ballot(bool predicate) {
+  emulator::Ballot operands{predicate};
+  emulator::execute(emulator::kBallot, 0, operands);
+  return operands.lanes;
 }
+inline bool any_lane(bool predicate) { return ballot(predicate) != 0; }
+
+inline int first_lane(int value) {
+  emulator::FirstLane operands{value};
+  emulator::execute(emulator::kFirstLane, 0, operands);
+  return operands.value;
+}
+
+inline std::int64_t anew(std::int64_t number) { return number; }
 
 // ---- barriers in shared memory ------------------------------------------------------------------
 

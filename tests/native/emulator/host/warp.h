@@ -32,17 +32,30 @@ struct ShuffleXor {
 template <class T>
 inline constexpr Collective kShuffleXor = {"shuffle_xor", ShuffleXor<T>::compute};
 
-struct AnyLane {
-  bool predicate, holds = false;
+struct Ballot {
+  bool predicate;
+  std::uint32_t lanes = 0;
 
   static void compute(void* const (&operands)[kWarp], int) {
-    bool any = false;
-    for (void* lane : operands) any |= static_cast<AnyLane*>(lane)->predicate;
-    for (void* lane : operands) static_cast<AnyLane*>(lane)->holds = any;
+    std::uint32_t lanes = 0;
+    for (int lane = 0; lane < kWarp; ++lane)
+      lanes |= static_cast<std::uint32_t>(static_cast<Ballot*>(operands[lane])->predicate) << lane;
+    for (void* lane : operands) static_cast<Ballot*>(lane)->lanes = lanes;
   }
 };
 
-inline constexpr Collective kAnyLane = {"any_lane", AnyLane::compute};
+inline constexpr Collective kBallot = {"ballot", Ballot::compute};
+
+struct FirstLane {
+  int value;
+
+  static void compute(void* const (&operands)[kWarp], int) {
+    for (void* lane : operands)
+      static_cast<FirstLane*>(lane)->value = static_cast<FirstLane*>(operands[0])->value;
+  }
+};
+
+inline constexpr Collective kFirstLane = {"first_lane", FirstLane::compute};
 
 struct Ldmatrix {
   std::uint32_t (&d)[4];
