@@ -14,8 +14,8 @@ struct MappedRows {
 
 struct Sm90Arguments {
   Arguments base;
-  std::int64_t tasks = 0;  // of all heads
-  MappedRows query, key, value, grad_output;
+  std::int64_t tasks = 0;                     // of all heads
+  MappedRows query, grad_output, key, value;  // X and Y of the rows, X and Y of the keys
 };
 
 }  // namespace sparse_attn::cuda

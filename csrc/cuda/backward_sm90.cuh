@@ -3,23 +3,14 @@
 // and products of one visit go on while the elements of the next are computed.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/config.h"
 #include "cuda/fragments.cuh"
+#include "cuda/producer_sm90.cuh"
 #include "cuda/products_sm90.cuh"
 
 namespace sparse_attn::cuda {
-
-/// What comes with a tile: of keys, which of them are there and no padding; of rows, log-sum-exps
-/// (in units of log 2; +inf for rows that are another tile's, without keys or beyond the end, so
-/// that their P is 0), and deltas with the tile of dO.
-template <Grad kGrad>
-struct TileNote {
-  float rows[kMaxTile];
-};
-template <>
-struct TileNote<Grad::kQuery> {
-  std::uint64_t keys;
-};
 
 /// kGrad: kQuery or kKeyValue.
 template <class S, int kHeadSize, Grad kGrad>
@@ -27,12 +18,11 @@ class Sm90Backward {
   static constexpr bool kByRows = kGrad == Grad::kQuery;
   static constexpr Side kSide = kByRows ? Side::kRows : Side::kKeys;
   static constexpr int kStages = kHeadSize > 64 ? 6 : 8;
-  /// Else dS is made of P as it goes into the product for dV: two sums of 64 registers leave no
-  /// room for another P.
-  static constexpr bool kKeepsP = kByRows || kHeadSize <= 64;
   using Copies = TileCopies<S, kHeadSize>;
   using Products = WarpgroupProducts<S, kHeadSize>;
-  using Shared = Sm90Shared<2, kStages, Copies::kTileBytes, TileNote<kGrad>>;
+  using Coming = std::conditional_t<kByRows, ComingKeys, ComingRows>;
+  using Note = typename Coming::Note;
+  using Shared = Sm90Shared<2, kStages, Copies::kTileBytes, Note>;
   using Place = typename Shared::Other::Place;
   using OwnPlace = typename Shared::Own::Place;
 
@@ -46,7 +36,7 @@ class Sm90Backward {
     shared.init();
     if (threadIdx.x < kWarpgroup) {
       lower_registers<kProducerRegisters>();
-      Producer(a, shared).run();
+      Producer<S, kHeadSize, kSide, Coming, Shared>(a, shared).run(a.base.grad_query.add);
     } else {
       raise_registers<kConsumerRegisters>();
       Consumer(a, shared).run();
@@ -61,123 +51,6 @@ class Sm90Backward {
                                           std::int64_t head) {
     return static_cast<const float*>(a.delta) + first_row_of(a.call, batch, head);
   }
-
-  /// Numbers of a tile's rows, two in each lane of a warp.
-  class RowsOfLane {
-   public:
-    __device__ RowsOfLane(const RowTile& tile, const std::int64_t* list)
-        : tile_(tile), list_(list), lane_(static_cast<int>(threadIdx.x) % 32) {}
-
-    __device__ bool owned(int i) const { return (tile_.owned >> (lane_ + 32 * i) & 1) != 0; }
-    __device__ void load(float (&of_rows)[2], const float* from, float without) const {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = lane_ + 32 * i;
-        of_rows[i] = row < tile_.rows.count ? from[token(tile_.rows, list_, row)] : without;
-      }
-    }
-    /// By the warp that tells when the tile is there.
-    __device__ void store(TileNote<kGrad>& to, const float (&of_rows)[2]) const {
-      if (threadIdx.x < 32) {
-        to.rows[lane_] = of_rows[0];
-        to.rows[lane_ + 32] = of_rows[1];
-      }
-      sync_warp();
-    }
-
-   private:
-    const RowTile& tile_;
-    const std::int64_t* const list_;
-    const int lane_;
-  };
-
-  class Producer {
-   public:
-    __device__ Producer(const Sm90Arguments& a, const Shared& shared) : a_(a), shared_(shared) {}
-
-    __device__ void run() {
-      for_each_task(a_, kSide, a_.base.grad_query.add, [&](const Work& work, std::int64_t) {
-        const Copies copies(a_, work);
-#pragma unroll
-        for (int g = 0; g < kConsumers; ++g) {
-          if (work.has_tile(g)) copy_own(copies, work, g);
-        }
-        for (std::int64_t head = work.head; head < work.end_head(); ++head) {
-          for (VisitWalk walk(work); !walk.done(); walk.next()) {
-            if constexpr (kByRows) {
-              copy_keys(copies, work, work.other_tile(walk.tile()));
-            } else {
-              copy_rows(copies, work, work.pass->row_tiles[walk.tile()], head);
-            }
-          }
-        }
-      });
-    }
-
-   private:
-    /// Rows of queries need not be live: each is a row of dQ alone.
-    __device__ void copy_own(const Copies& copies, const Work& work, int g) {
-      const Tile& tile = work.own_tile(g);
-      const std::uint64_t live =
-          kByRows ? first_rows(tile.count) : live_keys(a_.base.call, work, tile);
-      const auto start = [&](const TileSource<S>& from) {
-        OwnPlace& place = own_place_[g];
-        shared_.own[g].await_empty(place);
-        copies.start(shared_.own[g].tile(place), shared_.own[g].full(place), from, tile, live);
-        place.next();
-      };
-      start(kByRows ? query_source<S>(a_, work, work.head) : key_source<S>(a_, work));
-      start(kByRows ? grad_output_source<S>(a_, work, work.head) : value_source<S>(a_, work));
-    }
-
-    __device__ void copy_keys(const Copies& copies, const Work& work, const Tile& keys) {
-      const std::uint64_t live = live_keys(a_.base.call, work, keys);
-      const auto note = [&](TileNote<kGrad>& to) {
-        if (threadIdx.x == 0) to.keys = live;
-      };
-      copy(copies, keys, live, key_source<S>(a_, work), note);
-      copy(copies, keys, live, value_source<S>(a_, work), note);
-    }
-
-    __device__ void copy_rows(const Copies& copies, const Work& work, const RowTile& tile,
-                              std::int64_t head) {
-      const RowsOfLane rows(tile, work.pass->token_list);
-      const float* lse = lse_of(a_.base, work.batch, head);
-      float of_rows[2];
-      rows.load(of_rows, lse, -kInfinity);
-      const std::uint64_t live = ballot(of_rows[0] != -kInfinity) |
-                                 static_cast<std::uint64_t>(ballot(of_rows[1] != -kInfinity)) << 32;
-      bool counts[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        counts[i] = rows.owned(i) && of_rows[i] != -kInfinity;
-        of_rows[i] = counts[i] ? of_rows[i] * kLog2E : kInfinity;
-      }
-      copy(copies, tile.rows, live, query_source<S>(a_, work, head),
-           [&](TileNote<kGrad>& to) { rows.store(to, of_rows); });
-      rows.load(of_rows, delta_of(a_.base, work.batch, head), 0.0f);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) of_rows[i] = counts[i] ? of_rows[i] : 0.0f;
-      copy(copies, tile.rows, live, grad_output_source<S>(a_, work, head),
-           [&](TileNote<kGrad>& to) { rows.store(to, of_rows); });
-    }
-
-    /// The next tile, and the note about it. Rows that are not live become zeros, whatever they
-    /// hold.
-    template <class Note>
-    __device__ void copy(const Copies& copies, const Tile& tile, std::uint64_t live,
-                         const TileSource<S>& from, Note note) {
-      shared_.other.await_empty(place_);
-      note(shared_.notes[place_.stage]);
-      copies.start(shared_.other.tile(place_), shared_.other.full(place_), from, tile, live);
-      place_.next();
-    }
-
-    const Sm90Arguments& a_;
-    const Shared& shared_;
-    Place place_;
-    OwnPlace own_place_[kConsumers];
-  };
 
   class Consumer {
    public:
@@ -205,9 +78,11 @@ class Sm90Backward {
       clear(sum_x_);
       if (!kByRows) clear(sum_y_);
       load_own(work);
-      for (std::int64_t head = work.head; head < work.end_head(); ++head) {
+      const int heads = static_cast<int>(work.end_head() - work.head);
+#pragma unroll 1
+      for (int i = 0; i < heads; ++i) {
         ConsumerWalk walk(work, consumer_);
-        while (walk.seek(shared_.other, place_)) stream(work, walk);
+        while (walk.seek(shared_.other(), place_)) stream(work, walk);
       }
       let_go_of_own(work);
     }
@@ -217,16 +92,13 @@ class Sm90Backward {
     /// Own X and Y stay where they are until the task is done.
     __device__ void load_own(const Work& work) {
       if (!any_lane(work.has_tile(consumer_))) return;
-      const auto& own = shared_.own[consumer_];
-      own.await_full(own_place_);
-      own_x_ = own.tile(own_place_);
-      own.await_full(own_place_.following());
-      own_y_ = own.tile(own_place_.following());
+      shared_.own(consumer_).await_full(own_place_);
+      shared_.own(consumer_).await_full(own_place_.following());
       load_own_rows(work);
     }
     __device__ void let_go_of_own(const Work& work) {
       if (!any_lane(work.has_tile(consumer_))) return;
-      for (int i = 0; i < 2; ++i, own_place_.next()) shared_.own[consumer_].release(own_place_);
+      for (int i = 0; i < 2; ++i, own_place_.next()) shared_.own(consumer_).release(own_place_);
     }
 
     __device__ int row(int half) const { return fragment_row(warp_row_, half); }
@@ -256,11 +128,12 @@ class Sm90Backward {
 
     // ---- products -----------------------------------------------------------------------------
 
-    /// Visits that follow each other: S of the next is made while the sums of this one are.
+    /// Visits that follow each other: S of the next is made while the sums of this one are. dP then
+    /// has to wait for the sums, whose operands it takes the registers of.
     __device__ void stream(const Work& work, ConsumerWalk& walk) {
       Place x = place_, y = x.following();
       start_logits(work, walk, x);
-      if (kByRows) start_other_products(y);
+      start_other_products(y);
       for (;;) {
         sum_pair(x, y);
         place_ = y.following();
@@ -271,70 +144,68 @@ class Sm90Backward {
         finish_sums(x, y);
         x = place_;
         y = x.following();
-        if (kByRows) start_other_products(y);
+        start_other_products(y);
       }
       wgmma_wait<0>();
       finish_sums(x, y);
     }
 
-    /// S is under way when it begins, what it adds to the sums when it returns. By tiles of keys dP
-    /// has to wait until P is packed: there are no registers for more beside two sums.
+    /// S and dP are under way when it begins, what they add to the sums when it returns.
     __device__ void sum_pair(const Place& x, const Place& y) {
-      wgmma_wait<(kByRows ? 1 : 0)>();  // S, not dP
+      wgmma_wait<1>();
       pin(s_);
-      probabilities(shared_.notes[x.stage]);
-      if constexpr (!kByRows) {
-        Products::as_operand(p_, s_);
-        start_other_products(y);
-        start_sum(sum_y_, p_, y);
-      }
-      wgmma_wait<(kByRows ? 0 : 1)>();  // dP
+      probabilities(shared_.note(x));
+      wgmma_wait<0>();
       pin(dp_);
-      logit_gradients(shared_.notes[y.stage]);
+      logit_gradients(shared_.note(y));
       Products::as_operand(ds_, dp_);
       start_sum(sum_x_, ds_, x);
+      if constexpr (!kByRows) {
+        Products::as_operand(p_, s_);
+        start_sum(sum_y_, p_, y);
+      }
     }
 
     __device__ void finish_sums(const Place& x, const Place& y) {
       pin(sum_x_);
       if constexpr (!kByRows) pin(sum_y_);
-      shared_.other.release(x);
-      shared_.other.release(y);
+      shared_.other().release(x);
+      shared_.other().release(y);
     }
 
     /// S or its transpose.
     __device__ void start_logits(const Work& work, const ConsumerWalk& walk, const Place& x) {
-      shared_.other.await_full(x);
-      load_words(work, walk, shared_.notes[x.stage]);
-      start_product(s_, own_x_, x);
+      shared_.other().await_full(x);
+      load_words(work, walk, shared_.note(x));
+      start_product(s_, Operand::kX, x);
     }
     /// dP or its transpose.
     __device__ void start_other_products(const Place& y) {
-      shared_.other.await_full(y);
-      start_product(dp_, own_y_, y);
+      shared_.other().await_full(y);
+      start_product(dp_, Operand::kY, y);
     }
-    __device__ void start_product(Logits& d, const char* own, const Place& place) {
+    __device__ void start_product(Logits& d, Operand which, const Place& place) {
+      const char* own = shared_.own(consumer_).tile(OwnPlace{which == Operand::kX ? 0 : 1});
       pin(d);
       wgmma_fence();
-      Products::rows_by_rows(d, own, shared_.other.tile(place));
+      Products::rows_by_rows(d, own, shared_.other().tile(place));
       wgmma_commit();
     }
 
     __device__ void start_sum(Sums& sums, const typename Products::Operand& p, const Place& place) {
       pin(sums);
       wgmma_fence();
-      Products::add_by_columns(sums, p, shared_.other.tile(place));
+      Products::add_by_columns(sums, p, shared_.other().tile(place));
       wgmma_commit();
     }
 
     // ---- elements -----------------------------------------------------------------------------
 
     /// For each of the lane's two rows, which of the other side's it sees, or is seen by.
-    __device__ void load_words(const Work& work, const ConsumerWalk& walk,
-                               const TileNote<kGrad>& note) {
+    __device__ void load_words(const Work& work, const ConsumerWalk& walk, const Note& note) {
       const std::int32_t mask = walk.mask();
       std::uint64_t live = ~std::uint64_t{0};
-      if constexpr (kByRows) live = note.keys;
+      if constexpr (kByRows) live = note.live;
       masked_ = any_lane(mask >= 0 || live != ~std::uint64_t{0} || (!kByRows && !all_count_));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -346,7 +217,7 @@ class Sm90Backward {
     }
 
     /// S -> P = exp(S - lse), 0 where masked.
-    __device__ void probabilities(const TileNote<kGrad>& lse) {
+    __device__ void probabilities(const Note& lse) {
       if (masked_) mask_rows(s_, words_);
 #pragma unroll
       for (int n = 0; n < kMaxTile / 8; ++n) {
@@ -356,7 +227,7 @@ class Sm90Backward {
           if constexpr (kByRows) {
             of_row = lse_[i / 2];
           } else {
-            of_row = lse.rows[fragment_column(n, i)];
+            of_row = lse.of_rows[fragment_column(n, i)];
           }
           s_[n][i] = exp2_approx(fmaf(s_[n][i], scale_, -of_row));
         }
@@ -364,7 +235,7 @@ class Sm90Backward {
     }
 
     /// dP -> dS = P (dP - delta). The scale waits for the sum.
-    __device__ void logit_gradients(const TileNote<kGrad>& delta) {
+    __device__ void logit_gradients(const Note& delta) {
 #pragma unroll
       for (int n = 0; n < kMaxTile / 8; ++n) {
 #pragma unroll
@@ -373,15 +244,9 @@ class Sm90Backward {
           if constexpr (kByRows) {
             of_row = delta_[i / 2];
           } else {
-            of_row = delta.rows[fragment_column(n, i)];
+            of_row = delta.of_rows[fragment_column(n, i)];
           }
-          float p;
-          if constexpr (kKeepsP) {
-            p = s_[n][i];
-          } else {
-            p = Fragments<S>::element(p_[n / 2], n % 2, i);
-          }
-          dp_[n][i] = p * (dp_[n][i] - of_row);
+          dp_[n][i] = s_[n][i] * (dp_[n][i] - of_row);
         }
       }
     }
@@ -390,19 +255,24 @@ class Sm90Backward {
 
     __device__ void write(const Work& work) {
       const auto scale = static_cast<float>(a_.call.scale);
+      if constexpr (kByRows) {
+        write(work, sum_x_, a_.grad_query, a_.slots_key, a_.call.head_dim, scale);
+      } else {
+        write(work, sum_x_, a_.grad_key, a_.slots_key, a_.call.head_dim, scale);
+        write(work, sum_y_, a_.grad_value, a_.slots_value, a_.call.value_dim, 1.0f);
+      }
+    }
+
+    __device__ void write(const Work& work, const Sums& sums, const Gradient& to, void* slots,
+                          std::int64_t columns, float factor) const {
+      const int size = static_cast<int>(columns);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (!work.owns(consumer_, row(half))) continue;
-        const auto sink = [&](const Gradient& to, void* slots, std::int64_t size) {
-          return GradientSink<S>(a_, work, to, slots, consumer_, row(half), static_cast<int>(size));
-        };
         // A query without keys gets 0 even if a value that it does not see is NaN.
         const bool is_dead = kByRows && lse_[half] == kInfinity;
-        write_row(sink(kByRows ? a_.grad_query : a_.grad_key, a_.slots_key, a_.call.head_dim),
-                  sum_x_, half, is_dead ? 0.0f : scale, static_cast<int>(a_.call.head_dim));
-        if (kByRows) continue;
-        write_row(sink(a_.grad_value, a_.slots_value, a_.call.value_dim), sum_y_, half, 1.0f,
-                  static_cast<int>(a_.call.value_dim));
+        write_row(GradientSink<S>(a_, work, to, slots, consumer_, row(half), size), sums, half,
+                  is_dead ? 0.0f : factor, size);
       }
     }
 
@@ -413,8 +283,6 @@ class Sm90Backward {
     const float scale_;
     Place place_;
     OwnPlace own_place_;
-    const char* own_x_ = nullptr;
-    const char* own_y_ = nullptr;
     Logits s_, dp_;
     typename Products::Operand p_, ds_;
     Sums sum_x_, sum_y_;

@@ -6,14 +6,35 @@
 
 namespace sparse_attn::cuda {
 
+/// The tensors of a side: X is Q or K, Y is dO or V.
+enum class Operand { kX, kY };
+
 /// Where tiles come from: the rows of a head.
 template <class S>
 struct TileSource {
-  const TensorMap* maps;
+  const MappedRows& mapped;
   HeadView<const S> rows;
   int batch, head;  // of the tensor itself
   std::int64_t tokens;
   int columns;
+
+  /// For the heads of queries of a task; `head` is one of them.
+  __device__ TileSource(const Sm90Arguments& a, const Work& work, Side side, Operand which,
+                        std::int64_t query_head)
+      : TileSource(a, work, side == Side::kRows, which == Operand::kX,
+                   side == Side::kRows ? query_head : work.place.key_head(a.base.call)) {}
+
+ private:
+  __device__ TileSource(const Sm90Arguments& a, const Work& work, bool of_rows, bool is_x,
+                        std::int64_t own_head)
+      : mapped(of_rows ? (is_x ? a.query : a.grad_output) : (is_x ? a.key : a.value)),
+        rows(head_of<const S>(of_rows ? (is_x ? a.base.call.query : a.base.call.grad_output)
+                                      : (is_x ? a.base.call.key : a.base.call.value),
+                              work.batch, own_head)),
+        batch(static_cast<int>(work.batch)),
+        head(static_cast<int>(own_head)),
+        tokens(of_rows ? a.base.call.n_q : a.base.call.n_k),
+        columns(static_cast<int>(is_x ? a.base.call.head_dim : a.base.call.value_dim)) {}
 };
 
 /// A bit for each of the first rows.
@@ -36,43 +57,51 @@ class TileCopies {
   /// Fills the place of a tile. Rows that are not `live` become zeros.
   __device__ void start(char* to, MBarrier* full, const TileSource<S>& from, const Tile& tile,
                         std::uint64_t live) const {
-    const int map = live == first_rows(tile.count) ? map_of(tile, from.tokens) : -1;
-    if (map < 0) {
+    Box box;
+    if (live == first_rows(tile.count)) box = box_of(tile, from.tokens);
+    if (box.map < 0) {
       copy_rows(to, from, tile, live);
       cp_async_commit();
       cp_async_wait<0>();
       fence_async();
     }
     sync_warp();  // no lane may still be waiting for a phase before this one
-    if (map >= 0 && threadIdx.x == 0) {
-      copy_box(to, full, from, tile, map);
+    if (box.map >= 0 && threadIdx.x == 0) {
+      copy_box(to, full, from, box);
     } else if (threadIdx.x % 32 == 0) {
       arrive(full);
     }
   }
 
  private:
-  /// The map in which the tile is a box, or -1.
-  __device__ int map_of(const Tile& tile, std::int64_t tokens) const {
-    if (tile.list >= 0) return -1;
+  /// A tile as a box of a map: its class of tokens, and where in it the tile begins.
+  struct Box {
+    int map = -1;  // -1: it is none
+    int of_class, in_class;
+  };
+
+  /// Sequences with a map have less than 2^31 tokens.
+  __device__ Box box_of(const Tile& tile, std::int64_t tokens) const {
+    Box box;
+    if (tile.list >= 0) return box;
+    const int start = static_cast<int>(tile.start);
+    box.in_class = start / tile.step;
+    box.of_class = start - box.in_class * tile.step;
+    const std::int64_t end = std::int64_t{box.in_class + tile.count} * tile.step;
 #pragma unroll
     for (int i = 0; i < kMostSteps; ++i) {
-      const std::int32_t step = a_.steps[i];
-      if (step == 0 || step != tile.step) continue;
-      return tile.start / step + tile.count <= tokens / step ? i : -1;
+      if (a_.steps[i] == tile.step && end <= tokens) box.map = i;
     }
-    return -1;
+    return box;
   }
 
-  __device__ void copy_box(char* to, MBarrier* full, const TileSource<S>& from, const Tile& tile,
-                           int map) const {
+  __device__ void copy_box(char* to, MBarrier* full, const TileSource<S>& from,
+                           const Box& box) const {
     arrive_expecting(full, kTileBytes);
-    const int of_class = static_cast<int>(tile.start % tile.step),
-              in_class = static_cast<int>(tile.start / tile.step);
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      tma_load(to + piece * kPieceBytes, from.maps + map, full,
-               {piece * kBoxColumns, of_class, in_class, from.head, from.batch});
+      tma_load(to + piece * kPieceBytes, from.mapped.maps + box.map, full,
+               {piece * kBoxColumns, box.of_class, box.in_class, from.head, from.batch});
     }
   }
 
@@ -115,50 +144,6 @@ __device__ inline std::uint64_t live_keys(const AttentionParams& call, const Wor
   if (padding == nullptr) return first_rows(keys.count);
   return rows_for_which(keys.count,
                         [&](int i) { return padding[token(keys, work.pass->token_list, i)] == 0; });
-}
-
-/// The sources of a task.
-template <class S>
-__device__ inline TileSource<S> query_source(const Sm90Arguments& a, const Work& work,
-                                             std::int64_t head) {
-  const AttentionParams& call = a.base.call;
-  return {a.query.maps,
-          query_head<S>(call, work.batch, head),
-          static_cast<int>(work.batch),
-          static_cast<int>(head),
-          call.n_q,
-          static_cast<int>(call.head_dim)};
-}
-template <class S>
-__device__ inline TileSource<S> grad_output_source(const Sm90Arguments& a, const Work& work,
-                                                   std::int64_t head) {
-  const AttentionParams& call = a.base.call;
-  return {a.grad_output.maps,
-          grad_output_head<S>(call, work.batch, head),
-          static_cast<int>(work.batch),
-          static_cast<int>(head),
-          call.n_q,
-          static_cast<int>(call.value_dim)};
-}
-template <class S>
-__device__ inline TileSource<S> key_source(const Sm90Arguments& a, const Work& work) {
-  const AttentionParams& call = a.base.call;
-  return {a.key.maps,
-          key_head<S>(call, work.batch, work.head),
-          static_cast<int>(work.batch),
-          static_cast<int>(work.place.key_head(call)),
-          call.n_k,
-          static_cast<int>(call.head_dim)};
-}
-template <class S>
-__device__ inline TileSource<S> value_source(const Sm90Arguments& a, const Work& work) {
-  const AttentionParams& call = a.base.call;
-  return {a.value.maps,
-          value_head<S>(call, work.batch, work.head),
-          static_cast<int>(work.batch),
-          static_cast<int>(work.place.key_head(call)),
-          call.n_k,
-          static_cast<int>(call.value_dim)};
 }
 
 }  // namespace sparse_attn::cuda

@@ -3,6 +3,7 @@
 // so does the softmax of the next tile of keys.
 #pragma once
 
+#include "cuda/producer_sm90.cuh"
 #include "cuda/products_sm90.cuh"
 #include "cuda/softmax_fragments.cuh"
 
@@ -12,8 +13,7 @@ template <class S, int kHeadSize>
 class Sm90Forward {
   using Copies = TileCopies<S, kHeadSize>;
   using Products = WarpgroupProducts<S, kHeadSize>;
-  /// Own: the queries. Notes, at keys: which of them are there, and no padding.
-  using Shared = Sm90Shared<1, 8, Copies::kTileBytes, std::uint64_t>;
+  using Shared = Sm90Shared<1, 8, Copies::kTileBytes, KeysNote>;
   using Place = typename Shared::Other::Place;
   using OwnPlace = typename Shared::Own::Place;
 
@@ -27,7 +27,7 @@ class Sm90Forward {
     shared.init();
     if (threadIdx.x < kWarpgroup) {
       lower_registers<kProducerRegisters>();
-      Producer(a, shared).run();
+      Producer<S, kHeadSize, Side::kRows, ComingKeys, Shared>(a, shared).run(!a.base.first);
     } else {
       raise_registers<kConsumerRegisters>();
       Consumer(a, shared).run();
@@ -35,52 +35,6 @@ class Sm90Forward {
   }
 
  private:
-  class Producer {
-   public:
-    __device__ Producer(const Sm90Arguments& a, const Shared& shared) : a_(a), shared_(shared) {}
-
-    __device__ void run() {
-      for_each_task(a_, Side::kRows, !a_.base.first, [&](const Work& work, std::int64_t) {
-        const Copies copies(a_, work);
-#pragma unroll
-        for (int g = 0; g < kConsumers; ++g) {
-          if (work.has_tile(g)) copy_queries(copies, work, g);
-        }
-        for (VisitWalk walk(work); !walk.done(); walk.next())
-          copy_visit(copies, work, work.other_tile(walk.tile()));
-      });
-    }
-
-   private:
-    __device__ void copy_queries(const Copies& copies, const Work& work, int g) {
-      OwnPlace& place = own_place_[g];
-      const Tile& rows = work.own_tile(g);
-      shared_.own[g].await_empty(place);
-      copies.start(shared_.own[g].tile(place), shared_.own[g].full(place),
-                   query_source<S>(a_, work, work.head), rows, first_rows(rows.count));
-      place.next();
-    }
-
-    __device__ void copy_visit(const Copies& copies, const Work& work, const Tile& keys) {
-      const std::uint64_t live = live_keys(a_.base.call, work, keys);
-      copy(copies, key_source<S>(a_, work), keys, live);
-      copy(copies, value_source<S>(a_, work), keys, live);
-    }
-
-    __device__ void copy(const Copies& copies, const TileSource<S>& from, const Tile& keys,
-                         std::uint64_t live) {
-      shared_.other.await_empty(place_);
-      if (threadIdx.x == 0) shared_.notes[place_.stage] = live;
-      copies.start(shared_.other.tile(place_), shared_.other.full(place_), from, keys, live);
-      place_.next();
-    }
-
-    const Sm90Arguments& a_;
-    const Shared& shared_;
-    Place place_;
-    OwnPlace own_place_[kConsumers];
-  };
-
   class Consumer {
    public:
     __device__ Consumer(const Sm90Arguments& a, const Shared& shared)
@@ -105,12 +59,12 @@ class Sm90Forward {
       if (!a_.first && work.task->slot < 0) state.resume(a_, work, consumer_, warp_row_, 1.0f);
       if (any_lane(work.has_tile(consumer_))) load_queries();
       ConsumerWalk walk(work, consumer_);
-      while (walk.seek(shared_.other, place_)) stream(work, walk);
+      while (walk.seek(shared_.other(), place_)) stream(work, walk);
       state.write(a_, work, consumer_, warp_row_, 1.0f);
     }
 
     __device__ void load_queries() {
-      const auto& own = shared_.own[consumer_];
+      const auto own = shared_.own(consumer_);
       own.await_full(own_place_);
       Products::load_rows(q_, own.tile(own_place_));
       own.release(own_place_);
@@ -143,26 +97,26 @@ class Sm90Forward {
     }
 
     __device__ void start_logits(const Work& work, const ConsumerWalk& walk, const Place& keys) {
-      shared_.other.await_full(keys);
-      load_words(work, walk.mask(), shared_.notes[keys.stage]);
+      shared_.other().await_full(keys);
+      load_words(work, walk.mask(), shared_.note(keys).live);
       pin(s_);
       wgmma_fence();
-      Products::rows_by_rows(s_, q_, shared_.other.tile(keys));
+      Products::rows_by_rows(s_, q_, shared_.other().tile(keys));
       wgmma_commit();
     }
 
     __device__ void start_output(const Place& values) {
-      shared_.other.await_full(values);
+      shared_.other().await_full(values);
       pin(o_);
       wgmma_fence();
-      Products::add_by_columns(o_, p_, shared_.other.tile(values));
+      Products::add_by_columns(o_, p_, shared_.other().tile(values));
       wgmma_commit();
     }
 
     __device__ void finish_output(const Place& values) {
       wgmma_wait<0>();
       pin(o_);
-      shared_.other.release(values);
+      shared_.other().release(values);
     }
 
     /// The keys that each of the lane's two rows sees.
@@ -178,7 +132,7 @@ class Sm90Forward {
     /// S is there: P, and what the output so far is to be multiplied with.
     __device__ void finish_logits(const Place& keys) {
       pin(s_);
-      shared_.other.release(keys);
+      shared_.other().release(keys);
       if (masked_) mask_rows(s_, words_);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

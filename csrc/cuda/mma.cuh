@@ -64,18 +64,11 @@ struct HalfFragments {
     a[2] = Packed::pack(d[1][0], d[1][1]);
     a[3] = Packed::pack(d[1][2], d[1][3]);
   }
-  /// Element i of d[n] of what as_a() has made an operand of.
-  static __device__ float element(const std::uint32_t (&a)[4], int n, int i) {
-    return Packed::unpack(a[2 * n + i / 2], i % 2);
-  }
 };
 
 template <>
 struct Fragments<bfloat16> : HalfFragments<Fragments<bfloat16>> {
   static __device__ std::uint32_t pack(float low, float high) { return pack_bf16(low, high); }
-  static __device__ float unpack(std::uint32_t both, int i) {
-    return widen(bfloat16{static_cast<std::uint16_t>(both >> 16 * i)});
-  }
   static __device__ void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                   std::uint32_t b1) {
     mma_m16n8k16_bf16(d, a, b0, b1);
@@ -85,9 +78,6 @@ struct Fragments<bfloat16> : HalfFragments<Fragments<bfloat16>> {
 template <>
 struct Fragments<float16> : HalfFragments<Fragments<float16>> {
   static __device__ std::uint32_t pack(float low, float high) { return pack_f16(low, high); }
-  static __device__ float unpack(std::uint32_t both, int i) {
-    return widen(float16{static_cast<std::uint16_t>(both >> 16 * i)});
-  }
   static __device__ void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                   std::uint32_t b1) {
     mma_m16n8k16_f16(d, a, b0, b1);

@@ -12,8 +12,9 @@ namespace sparse_attn::cuda {
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kWarps = kWarpgroup / 32;
 constexpr int kSm90Threads = (1 + kConsumers) * kWarpgroup;
-/// In multiples of 8: of the 168 that each of 384 threads begins with, producers give to consumers.
-constexpr int kProducerRegisters = 64, kConsumerRegisters = 224;
+/// In multiples of 8. A block of 384 threads begins with 168 each; producers give to consumers.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * 168);
 
 /// A use of a ring: its place, and whether the ring has gone round an odd number of times.
 template <int kStages>
@@ -76,38 +77,45 @@ class TileRing {
 /// The block's shared memory: each consumer's own tiles, those of the other side that come and go,
 /// and a note about each of them.
 template <int kOwn, int kStages, int kTileBytes_, class Note_>
-struct Sm90Shared {
+class Sm90Shared {
+ public:
   static constexpr int kTileBytes = kTileBytes_;
   using Note = Note_;
   using Own = TileRing<kOwn, kTileBytes>;
   using Other = TileRing<kStages, kTileBytes>;
-  static constexpr int kNotesBytes = kStages * static_cast<int>(sizeof(Note));
-  static constexpr int kBytes = kConsumers * (Own::kBytes + Own::kBarrierBytes) + Other::kBytes +
-                                Other::kBarrierBytes + kNotesBytes;
 
-  __device__ explicit Sm90Shared(char* memory)
-      : other(memory, memory + kTilesBytes),
-        own{Own(memory + Other::kBytes, memory + kTilesBytes + Other::kBarrierBytes),
-            Own(memory + Other::kBytes + Own::kBytes,
-                memory + kTilesBytes + Other::kBarrierBytes + Own::kBarrierBytes)},
-        notes(reinterpret_cast<Note*>(memory + kBytes - kNotesBytes)) {}
+ private:
+  static constexpr int kOwnTiles = Other::kBytes;
+  static constexpr int kOtherBarriers = kOwnTiles + kConsumers * Own::kBytes;
+  static constexpr int kOwnBarriers = kOtherBarriers + Other::kBarrierBytes;
+  static constexpr int kNotes = kOwnBarriers + kConsumers * Own::kBarrierBytes;
+
+ public:
+  static constexpr int kBytes = kNotes + kStages * static_cast<int>(sizeof(Note));
+
+  __device__ explicit Sm90Shared(char* memory) : memory_(memory) {}
 
   /// By all threads of the block.
   __device__ void init() const {
     if (threadIdx.x == 0) {
-      other.init(kConsumers * kWarps);
-      for (const Own& tiles : own) tiles.init(kWarps);
+      other().init(kConsumers * kWarps);
+      for (int i = 0; i < kConsumers; ++i) own(i).init(kWarps);
       fence_barriers();
     }
     sync_threads();
   }
 
-  const Other other;
-  const Own own[kConsumers];
-  Note* const notes;
+  __device__ Other other() const { return {memory_, memory_ + kOtherBarriers}; }
+  __device__ Own own(int consumer) const {
+    return {memory_ + kOwnTiles + consumer * Own::kBytes,
+            memory_ + kOwnBarriers + consumer * Own::kBarrierBytes};
+  }
+  __device__ Note& note(const typename Other::Place& place) const {
+    return reinterpret_cast<Note*>(memory_ + kNotes)[place.stage];
+  }
 
  private:
-  static constexpr int kTilesBytes = Other::kBytes + kConsumers * Own::kBytes;
+  char* const memory_;
 };
 
 /// The number of the consumer that a thread is of, -1 in the producer.

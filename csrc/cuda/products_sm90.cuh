@@ -67,7 +67,8 @@ struct WarpgroupProducts {
       Wgmma<S>::template multiply<Major::kDepth>(d, own[step], advance(b, along(step)), step > 0);
   }
   static __device__ void rows_by_rows(Logits& d, const char* own, const char* other) {
-    const std::uint64_t a = matrix_descriptor(own, kNoPiece),
+    // The descriptors of all steps would take 2 * kSteps registers in between.
+    const std::uint64_t a = anew(matrix_descriptor(own, kNoPiece)),
                         b = matrix_descriptor(other, kNoPiece);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {

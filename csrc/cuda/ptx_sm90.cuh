@@ -44,7 +44,8 @@ __device__ inline int first_lane(int value) { return __shfl_sync(0xffffffffu, va
 
 /// The same number, though the compiler does not know it: what is made of it is made anew, not kept
 /// in registers from before.
-__device__ inline std::int64_t anew(std::int64_t number) {
+template <class Number>
+__device__ inline Number anew(Number number) {
   asm volatile("" : "+l"(number));
   return number;
 }

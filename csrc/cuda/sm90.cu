@@ -2,6 +2,7 @@
 // SPARSE_ATTN_HEAD_SIZE, which CMakeLists.txt sets. They serve passes with masks of the plan, in
 // calls without modifiers; what is not a product comes from the portable kernels of the type.
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "cuda/backward_sm90.cuh"
@@ -32,6 +33,7 @@ bool has_map(const TensorView& view, std::int64_t batch, std::int64_t heads, std
 void map_rows(MappedRows& to, const TensorView& view, std::int64_t batch, std::int64_t heads,
               std::int64_t tokens, std::int64_t columns, std::int32_t (&steps)[kMostSteps]) {
   constexpr std::int64_t kAnyStride = 8;  // 16 bytes
+  constexpr std::int64_t kMostTokens = std::numeric_limits<std::int32_t>::max();
   MappedTensor tensor;
   tensor.view = view;
   tensor.type = std::is_same_v<S, bfloat16> ? DataType::kBFloat16 : DataType::kFloat16;
@@ -43,7 +45,8 @@ void map_rows(MappedRows& to, const TensorView& view, std::int64_t batch, std::i
   if (heads == 1) tensor.view.head_stride = kAnyStride;
   if (batch == 1) tensor.view.batch_stride = kAnyStride;
   for (int i = 0; i < kMostSteps; ++i) {
-    if (!has_map(view, batch, heads, tokens) || tokens < steps[i]) steps[i] = 0;
+    if (!has_map(view, batch, heads, tokens) || tokens < steps[i] || tokens > kMostTokens)
+      steps[i] = 0;
     if (steps[i] > 0) to.maps[i] = make_tensor_map(tensor, steps[i]);
   }
 }

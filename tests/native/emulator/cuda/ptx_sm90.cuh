@@ -42,7 +42,10 @@ inline int first_lane(int value) {
   return operands.value;
 }
 
-inline std::int64_t anew(std::int64_t number) { return number; }
+template <class Number>
+inline Number anew(Number number) {
+  return number;
+}
 
 // ---- barriers in shared memory ------------------------------------------------------------------
 
