@@ -411,12 +411,15 @@ int found() {
   return count;
 }
 
+/// In nearly every order of the fibers, and always in ThreadSanitizer's report, unless a rule was
+/// broken before.
 template <PipelineBug kBug>
 void check_pipeline_race() {
   if (kSeesRaces) {
     const Outcome outcome = in_child([] { return is_right<kBug>(1); });
     CHECK(!outcome.passed);
-    CHECK(contains(outcome.errors, "WARNING: ThreadSanitizer: data race"));
+    CHECK(contains(outcome.errors, "WARNING: ThreadSanitizer: data race") ||
+          contains(outcome.errors, "one arrival more than the 1"));
   } else if (kFibers) {
     CHECK(found<kBug>() >= kSeeds - 1);
   }
@@ -428,11 +431,28 @@ void test_planted_bugs() {
   check_pipeline_race<PipelineBug::kNoWaitForFull>();
   check_pipeline_race<PipelineBug::kNoWaitForEmpty>();
   check_pipeline_race<PipelineBug::kReleasedTooEarly>();
-  check_pipeline_race<PipelineBug::kWrongParity>();
+  CHECK_EQUAL(found<PipelineBug::kWrongParity>(), kSeeds);  // threads may wait forever
   CHECK_EQUAL(found<PipelineBug::kReadTooEarly>(), kSeeds);
   CHECK_EQUAL(found<PipelineBug::kNoFence>(), kSeeds);
   CHECK_EQUAL(found<PipelineBug::kWrongSwizzle>(), kSeeds);
   CHECK_EQUAL(found<PipelineBug::kTooFewBytes>(), kSeeds);
+}
+
+/// Both arrive, nobody waits: the one is not ordered after the other.
+void test_lone_race() {
+  if (!kSeesRaces) return;
+  const Outcome outcome = in_child([] {
+    run_threads<64, 16>([](int thread) {
+      int* value = reinterpret_cast<int*>(shared_memory() + 8);
+      if (thread == 0) init(barriers(0), 2);
+      sync_threads();
+      if (thread == 0) *value = 1;
+      if (thread % 32 == 0) arrive(barriers(0));
+      if (thread == 32 && *value == 2) sync_warp();
+    });
+    return true;
+  });
+  CHECK_EQUAL(outcome.exit_code, 66);
 }
 
 // ---- broken rules -------------------------------------------------------------------------------
@@ -683,6 +703,7 @@ int main() {
   test_products<Float16By64>();
   test_products<Float16By128>();
   test_planted_bugs();
+  test_lone_race();
   test_broken_threads();
   test_broken_barriers();
   test_broken_loads();
