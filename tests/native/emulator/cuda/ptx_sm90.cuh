@@ -17,12 +17,13 @@ constexpr int kWarpgroup = 128;
 
 template <int kRegisters>
 inline void lower_registers() {
-  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
+  static_assert(emulator::kCanHaveRegisters<kRegisters>);
   sync_warp();
 }
 template <int kRegisters>
 inline void raise_registers() {
-  lower_registers<kRegisters>();
+  static_assert(emulator::kCanHaveRegisters<kRegisters>);
+  sync_warp();
 }
 
 inline void sync_some(int barrier, int threads) {

@@ -66,7 +66,15 @@ class ReadyThreads {
     return thread;
   }
 
-  /// To any with threads.
+  /// The next is drawn from its warp.
+  void go_to(int thread) { warp_ = &warps_[static_cast<std::size_t>(thread / kWarp)]; }
+
+ private:
+  struct Warp {
+    int threads[kWarp];
+    int count = 0;
+  };
+
   void change_warp(Random& random) {
     const auto first = static_cast<std::size_t>(random.below(static_cast<int>(warps_.size())));
     for (std::size_t i = 0; i < warps_.size(); ++i) {
@@ -74,12 +82,6 @@ class ReadyThreads {
       if (warp_->count > 0) return;
     }
   }
-
- private:
-  struct Warp {
-    int threads[kWarp];
-    int count = 0;
-  };
 
   std::vector<Warp> warps_;
   Warp* warp_ = &warps_[0];
@@ -187,13 +189,13 @@ class Executor {
   }
   void wake_all(Waiters& waiters) {
     for (const int woken : waiters.threads) wake(woken);
+    if (!waiters.threads.empty()) ready_->go_to(waiters.threads[0]);
     waiters.threads.clear();
   }
-  /// What others do now may come before what this thread does next.
+  /// What those just woken do may come before what this thread does next.
   void pause() {
     if (block->random.below(2) == 0) return;
     ready_->add(thread());
-    ready_->change_warp(block->random);
     run_others();
   }
   /// `action` is not the thread's own, and happens at any time from now on.

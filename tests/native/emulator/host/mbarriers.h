@@ -80,12 +80,12 @@ class MBarriers {
   /// At the end of the kernel.
   void check_done() const {
     for (const auto& [byte, state] : states_) {
+      if (state.awaited < state.copied)
+        fail("the kernel ends with a tma_load that nobody waited for, at " + state.name);
       if (state.bytes != 0) {
         fail("the kernel ends while " + state.name + " expects " + std::to_string(state.bytes) +
              " bytes");
       }
-      if (state.awaited < state.copied)
-        fail("the kernel ends with a tma_load that nobody waited for, at " + state.name);
     }
   }
 

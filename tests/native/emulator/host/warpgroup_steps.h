@@ -6,6 +6,10 @@
 
 namespace sparse_attn::cuda::emulator {
 
+template <int kRegisters>
+inline constexpr bool kCanHaveRegisters =
+    kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0;
+
 inline Wgmma named(const char* name) {
   Wgmma which{};
   which.name = name;
