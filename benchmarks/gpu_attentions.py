@@ -51,11 +51,20 @@ class Implementation:
     dense: bool = False  # all pairs, whatever the pattern
     # Windows move inward at the ends of the sequence, so that rows near them see other keys.
     shifts_at_ends: bool = False
+    # A variable of the environment, and its value while the implementation runs.
+    setting: tuple[str, str] | None = None
 
 
 def _ours(setup: Setup) -> list[Way]:
     pattern, gqa = setup.case.pattern, setup.heads != setup.heads_kv
     return [Way(lambda q, k, v: sparse_attn.attention(q, k, v, pattern, enable_gqa=gqa))]
+
+
+def _ours_on_hopper(setup: Setup) -> list[Way]:
+    """With the kernels for sm_90a."""
+    if setup.device.type != "cuda" or torch.cuda.get_device_capability(setup.device) != (9, 0):
+        raise Unsupported("devices of sm_90 only")
+    return _ours(setup)
 
 
 def _dense(backend: SDPBackend) -> Callable[[Setup], list[Way]]:
@@ -222,8 +231,11 @@ def _xformers(setup: Setup) -> list[Way]:
 
 
 OURS = "sparse_attn"
+OURS_ON_HOPPER = "sparse_attn_sm90"
+SM90 = "SPARSE_ATTN_SM90"
 IMPLEMENTATIONS = {
-    OURS: Implementation(_ours),
+    OURS: Implementation(_ours, setting=(SM90, "0")),
+    OURS_ON_HOPPER: Implementation(_ours_on_hopper, setting=(SM90, "1")),
     "flex": Implementation(_flex),
     "flex_autotuned": Implementation(lambda setup: _flex(setup, autotune=True)),
     "fa2": Implementation(_fa2, _heads_last),

@@ -17,7 +17,7 @@
 #   SPARSE_ATTN_ARCH     what to compile for, as in CMAKE_CUDA_ARCHITECTURES (the card's own)
 #   SPARSE_ATTN_COMMIT   the commit, where git does not know it
 #   GPU_CHECK_SECONDS    for everything together (530); the benchmark gets what is left
-#   GPU_CHECK_STEPS      which of: machine wheels build tests gradcheck sanitizer peers (all)
+#   GPU_CHECK_STEPS      which of: machine wheels build tests gradcheck sm90 sanitizer peers (all)
 set -uo pipefail
 
 if [ $# -ne 1 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
@@ -30,7 +30,7 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python3}
 total=${GPU_CHECK_SECONDS:-530}
-steps=${GPU_CHECK_STEPS:-machine wheels build tests gradcheck sanitizer peers}
+steps=${GPU_CHECK_STEPS:-machine wheels build tests gradcheck sm90 sanitizer peers}
 table=$out/.steps
 : >"$table"
 PATH=$PATH:/usr/local/cuda/bin # nvcc and compute-sanitizer, where no other is found first
@@ -118,6 +118,16 @@ run_pytest() { # OPTIONS...
   has sparse_attn._C || set -- --deselect 'tests/test_doctests.py::test_module[sparse_attn.info]' "$@"
   # Many processes share the cores.
   OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider --device cuda --maxfail=300 --tb=short -ra "$@"
+}
+
+# The kernels for sm_90a, which are not the default: tests of what they serve.
+sm90() {
+  local tests=(tests/test_attention.py tests/test_cuda.py tests/test_modifiers.py tests/test_random_patterns.py)
+  if ! "$python" -c 'import torch; raise SystemExit(torch.cuda.get_device_capability() != (9, 0))'; then
+    echo "not a device of sm_90: they do not run here"
+    return
+  fi
+  SPARSE_ATTN_SM90=1 run_pytest "${tests[@]}" -k 'not float64' && SPARSE_ATTN_SM90=1 "$python" benchmarks/gpu_small.py
 }
 
 # Only our kernels are looked at, but by initcheck: what torch's write is initialized, too.
@@ -210,7 +220,7 @@ if [ -n "${SPARSE_ATTN_BUILD:-}" ]; then
   export SPARSE_ATTN_LIBRARY
 fi
 export python site out
-export -f machine wheels card build has run_pytest
+export -f machine wheels card build has run_pytest sm90
 
 usable=yes
 wanted machine && { step machine 60 bash -c machine || usable=; }
@@ -222,13 +232,14 @@ fi
 if [ -n "$usable" ]; then
   wanted tests && step tests 150 bash -c 'run_pytest tests --ignore tests/test_gradcheck.py'
   wanted gradcheck && SPARSE_ATTN_FULL=1 step gradcheck 60 bash -c 'run_pytest tests/test_gradcheck.py'
+  wanted sm90 && step sm90 90 bash -c sm90
   wanted sanitizer && sanitizers
   if wanted peers && [ "$(left)" -gt 60 ]; then
     budget=$(($(left) - 30)) # to start, and to write what it has
     step peers $((budget + 25)) "$python" benchmarks/gpu_peers.py --budget "$budget" --out "$out/peers.json"
   fi
 else
-  for name in build tests gradcheck sanitizer peers; do
+  for name in build tests gradcheck sm90 sanitizer peers; do
     wanted "$name" && ! grep -q "^$name"$'\t' "$table" && record "$name" 0 skipped "an earlier step failed"
   done
 fi

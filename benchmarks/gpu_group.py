@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from gpu_attentions import IMPLEMENTATIONS, OURS, Implementation, Unsupported, Way
+from gpu_attentions import (
+    IMPLEMENTATIONS,
+    OURS,
+    OURS_ON_HOPPER,
+    Implementation,
+    Unsupported,
+    Way,
+)
 from gpu_timing import interleave, kernels, peak_mib, quickest
 from gpu_workload import Reference, Setup, make_inputs
 from torch import Tensor
@@ -29,7 +37,13 @@ class Runner:
         self.leaves = tuple(x.requires_grad_() for x in leaves)
         self.output: Tensor | None = None
 
+    def _apply_setting(self) -> None:
+        if self.implementation.setting:
+            name, value = self.implementation.setting
+            os.environ[name] = value
+
     def forward(self) -> Tensor:
+        self._apply_setting()
         return self.way.run(*self.leaves)
 
     def backward(self) -> tuple[Tensor, ...]:
@@ -38,6 +52,7 @@ class Runner:
         return self.gradients(self.output, self.grad)
 
     def gradients(self, output: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        self._apply_setting()
         return torch.autograd.grad(output, self.leaves, grad, retain_graph=True)
 
     def both(self) -> tuple[Tensor, ...]:
@@ -162,7 +177,7 @@ class Group:
             "min_ms": 1e3 * min(seconds),
             "max_ms": 1e3 * max(seconds),
         }
-        if name == OURS:
+        if name in (OURS, OURS_ON_HOPPER):
             on_gpu = device.type == "cuda"
             names = kernels(runner.call(direction)) if on_gpu else [device.type]
             found["path"] = " ".join(names) or "unknown"

@@ -30,7 +30,7 @@ def groups(rows: Iterable[dict]) -> dict[Key, dict[str, dict]]:
 
 
 def best_peer(group: dict[str, dict]) -> dict | None:
-    peers = [row for name, row in group.items() if name != OURS and _counts(row)]
+    peers = [row for name, row in group.items() if not name.startswith(OURS) and _counts(row)]
     return min(peers, key=lambda row: row["ms"], default=None)
 
 

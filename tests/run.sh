@@ -66,7 +66,7 @@ if [[ $slow_checks = *nvcc* ]] && command -v nvcc >/dev/null; then
   # From the start: what a build prints of registers is not kept.
   cmake --build build/cuda --parallel "$jobs" --clean-first --target sparse_attn_cuda >build/cuda.log 2>&1 ||
     { tail -n 50 build/cuda.log && exit 1; }
-  "$python" scripts/check_registers.py build/cuda.log
+  "$python" scripts/check_registers.py build/cuda.log --library build/cuda/libsparse_attn_cuda.a
 fi
 
 if [[ $slow_checks = *aarch64* ]]; then

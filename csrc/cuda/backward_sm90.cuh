@@ -6,25 +6,24 @@
 #include <type_traits>
 
 #include "cuda/config.h"
-#include "cuda/fragments.cuh"
-#include "cuda/producer_sm90.cuh"
+#include "cuda/consumer_sm90.cuh"
 #include "cuda/products_sm90.cuh"
 
 namespace sparse_attn::cuda {
 
-/// kGrad: kQuery or kKeyValue.
-template <class S, int kHeadSize, Grad kGrad>
+/// kGrad: kQuery or kKeyValue. `kEvaluates`: visits may be left to the pass's program.
+template <class S, int kHeadSize, Grad kGrad, bool kEvaluates>
 class Sm90Backward {
   static constexpr bool kByRows = kGrad == Grad::kQuery;
   static constexpr Side kSide = kByRows ? Side::kRows : Side::kKeys;
-  static constexpr int kStages = kHeadSize > 64 ? 6 : 8;
-  using Copies = TileCopies<S, kHeadSize>;
+  static constexpr int kStages = kHeadSize > 64 ? 6 : 8, kCovers = kEvaluates ? kMostCovers : 0;
   using Products = WarpgroupProducts<S, kHeadSize>;
   using Coming = std::conditional_t<kByRows, ComingKeys, ComingRows>;
   using Note = typename Coming::Note;
-  using Shared = Sm90Shared<2, kStages, Copies::kTileBytes, Note>;
+  using Shared = Sm90Shared<2, kStages, Products::Copies::kTileBytes, Note, kCovers>;
   using Place = typename Shared::Other::Place;
   using OwnPlace = typename Shared::Own::Place;
+  using Base = Consumer<kSide, kEvaluates, Shared>;
 
  public:
   static constexpr int kThreads = kSm90Threads;
@@ -36,31 +35,24 @@ class Sm90Backward {
     shared.init();
     if (threadIdx.x < kWarpgroup) {
       lower_registers<kProducerRegisters>();
-      Producer<S, kHeadSize, kSide, Coming, Shared>(a, shared).run(a.base.grad_query.add);
+      Producer<S, kHeadSize, kSide, kEvaluates, Coming, Shared>(a, shared).run(
+          a.base.grad_query.add);
     } else {
       raise_registers<kConsumerRegisters>();
-      Consumer(a, shared).run();
+      OwnTile(a, shared).run();
     }
   }
 
  private:
-  static __device__ const float* lse_of(const Arguments& a, std::int64_t batch, std::int64_t head) {
-    return static_cast<const float*>(a.call.lse) + first_row_of(a.call, batch, head);
-  }
-  static __device__ const float* delta_of(const Arguments& a, std::int64_t batch,
-                                          std::int64_t head) {
-    return static_cast<const float*>(a.delta) + first_row_of(a.call, batch, head);
-  }
+  /// A consumer and its tile.
+  class OwnTile : Base {
+    using Base::a_, Base::all_, Base::masked_, Base::number_, Base::place_, Base::row, Base::scale_,
+        Base::shared_, Base::words_;
+    using Logits = typename Products::Logits;
+    using Sums = typename Products::Sums;
 
-  class Consumer {
    public:
-    __device__ Consumer(const Sm90Arguments& a, const Shared& shared)
-        : a_(a.base),
-          all_(a),
-          shared_(shared),
-          consumer_(consumer_number()),
-          warp_row_(static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16),
-          scale_(static_cast<float>(a.base.call.scale) * kLog2E) {}
+    __device__ OwnTile(const Sm90Arguments& a, const Shared& shared) : Base(a, shared) {}
 
     __device__ void run() {
       for_each_task(all_, kSide, a_.grad_query.add, [&](const Work& work, std::int64_t task) {
@@ -71,83 +63,67 @@ class Sm90Backward {
     }
 
    private:
-    using Logits = typename Products::Logits;
-    using Sums = typename Products::Sums;
-
+    /// All visits, of all heads of queries.
     __device__ void sum(const Work& work) {
       clear(sum_x_);
-      if (!kByRows) clear(sum_y_);
-      load_own(work);
-      const int heads = static_cast<int>(work.end_head() - work.head);
-#pragma unroll 1
-      for (int i = 0; i < heads; ++i) {
-        ConsumerWalk walk(work, consumer_);
-        while (walk.seek(shared_.other(), place_)) stream(work, walk);
-      }
-      let_go_of_own(work);
+      if constexpr (!kByRows) clear(sum_y_);
+      const bool has_tile = any_lane(work.has_tile(number_));
+      if (has_tile) load_own(work);
+      while (this->seek()) stream(work);
+      if (!has_tile) return;
+      for (int i = 0; i < 2; ++i, own_place_.next()) shared_.own(number_).release(own_place_);
     }
 
-    // ---- tiles --------------------------------------------------------------------------------
+    // ---- the own tile -------------------------------------------------------------------------
 
-    /// Own X and Y stay where they are until the task is done.
+    /// X and Y stay where they are until the task is done.
     __device__ void load_own(const Work& work) {
-      if (!any_lane(work.has_tile(consumer_))) return;
-      shared_.own(consumer_).await_full(own_place_);
-      shared_.own(consumer_).await_full(own_place_.following());
-      load_own_rows(work);
-    }
-    __device__ void let_go_of_own(const Work& work) {
-      if (!any_lane(work.has_tile(consumer_))) return;
-      for (int i = 0; i < 2; ++i, own_place_.next()) shared_.own(consumer_).release(own_place_);
-    }
-
-    __device__ int row(int half) const { return fragment_row(warp_row_, half); }
-
-    /// Of the lane's two rows: of queries the log-sum-exp and delta; of keys whether they count.
-    __device__ void load_own_rows(const Work& work) {
-      const Tile& tile = work.own_tile(consumer_);
+      shared_.own(number_).await_full(own_place_);
+      shared_.own(number_).await_full(own_place_.following());
       const std::uint8_t* padding = padding_of(a_.call, work.batch);
-      all_count_ = tile.count == kMaxTile && padding == nullptr;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        counts_[half] = kByRows;
         lse_[half] = kInfinity;
         delta_[half] = 0.0f;
-        counts_[half] = false;
-        if (!work.owns(consumer_, row(half))) continue;
-        const std::int64_t t = work.own_token(consumer_, row(half));
-        if (!kByRows) {
+        if (!work.owns(number_, row(half))) continue;
+        const std::int64_t t = work.own_token(number_, row(half));
+        if constexpr (kByRows) {
+          load_row(first_row_of(a_.call, work.batch, work.head) + t, half);
+        } else {
           counts_[half] = padding == nullptr || padding[t] == 0;
-          continue;
         }
-        const float lse = lse_of(a_, work.batch, work.head)[t];
-        if (lse == -kInfinity) continue;
-        lse_[half] = lse * kLog2E;
-        delta_[half] = delta_of(a_, work.batch, work.head)[t];
       }
+    }
+
+    __device__ void load_row(std::int64_t number, int half) {
+      const float lse = static_cast<const float*>(a_.call.lse)[number];
+      if (lse == -kInfinity) return;
+      lse_[half] = lse * kLog2E;
+      delta_[half] = static_cast<const float*>(a_.delta)[number];
     }
 
     // ---- products -----------------------------------------------------------------------------
 
     /// Visits that follow each other: S of the next is made while the sums of this one are. dP then
     /// has to wait for the sums, whose operands it takes the registers of.
-    __device__ void stream(const Work& work, ConsumerWalk& walk) {
-      Place x = place_, y = x.following();
-      start_logits(work, walk, x);
-      start_other_products(y);
+    __device__ void stream(const Work& work) {
+      start_logits(work);
+      start_other_products(place_.following());
       for (;;) {
+        const Place x = place_, y = place_.following();
         sum_pair(x, y);
         place_ = y.following();
-        walk.next();
-        if (!walk.is_mine()) break;
-        start_logits(work, walk, place_);
+        if (!this->is_mine()) {
+          wgmma_wait<0>();
+          finish_sums(x, y);
+          return;
+        }
+        start_logits(work);
         wgmma_wait<1>();
         finish_sums(x, y);
-        x = place_;
-        y = x.following();
-        start_other_products(y);
+        start_other_products(place_.following());
       }
-      wgmma_wait<0>();
-      finish_sums(x, y);
     }
 
     /// S and dP are under way when it begins, what they add to the sums when it returns.
@@ -173,11 +149,10 @@ class Sm90Backward {
       shared_.other().release(y);
     }
 
-    /// S or its transpose.
-    __device__ void start_logits(const Work& work, const ConsumerWalk& walk, const Place& x) {
-      shared_.other().await_full(x);
-      load_words(work, walk, shared_.note(x));
-      start_product(s_, Operand::kX, x);
+    /// S or its transpose, of the visit that comes next.
+    __device__ void start_logits(const Work& work) {
+      this->load_words(work, shared_.note(place_), counts_);
+      start_product(s_, Operand::kX, place_);
     }
     /// dP or its transpose.
     __device__ void start_other_products(const Place& y) {
@@ -185,7 +160,7 @@ class Sm90Backward {
       start_product(dp_, Operand::kY, y);
     }
     __device__ void start_product(Logits& d, Operand which, const Place& place) {
-      const char* own = shared_.own(consumer_).tile(OwnPlace{which == Operand::kX ? 0 : 1});
+      const char* own = shared_.own(number_).tile(OwnPlace{which == Operand::kX ? 0 : 1});
       pin(d);
       wgmma_fence();
       Products::rows_by_rows(d, own, shared_.other().tile(place));
@@ -200,21 +175,6 @@ class Sm90Backward {
     }
 
     // ---- elements -----------------------------------------------------------------------------
-
-    /// For each of the lane's two rows, which of the other side's it sees, or is seen by.
-    __device__ void load_words(const Work& work, const ConsumerWalk& walk, const Note& note) {
-      const std::int32_t mask = walk.mask();
-      std::uint64_t live = ~std::uint64_t{0};
-      if constexpr (kByRows) live = note.live;
-      masked_ = any_lane(mask >= 0 || live != ~std::uint64_t{0} || (!kByRows && !all_count_));
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        words_[half] = mask < 0  ? live
-                       : kByRows ? work.pass->masks_of_rows[mask][row(half)] & live
-                                 : work.pass->masks[mask][row(half)];
-        if (!kByRows && !counts_[half]) words_[half] = 0;
-      }
-    }
 
     /// S -> P = exp(S - lse), 0 where masked.
     __device__ void probabilities(const Note& lse) {
@@ -268,28 +228,20 @@ class Sm90Backward {
       const int size = static_cast<int>(columns);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!work.owns(consumer_, row(half))) continue;
+        if (!work.owns(number_, row(half))) continue;
         // A query without keys gets 0 even if a value that it does not see is NaN.
         const bool is_dead = kByRows && lse_[half] == kInfinity;
-        write_row(GradientSink<S>(a_, work, to, slots, consumer_, row(half), size), sums, half,
+        write_row(GradientSink<S>(a_, work, to, slots, number_, row(half), size), sums, half,
                   is_dead ? 0.0f : factor, size);
       }
     }
 
-    const Arguments& a_;
-    const Sm90Arguments& all_;
-    const Shared& shared_;
-    const int consumer_, warp_row_;
-    const float scale_;
-    Place place_;
     OwnPlace own_place_;
     Logits s_, dp_;
     typename Products::Operand p_, ds_;
     Sums sum_x_, sum_y_;
     float lse_[2], delta_[2];
-    bool counts_[2], all_count_;
-    std::uint64_t words_[2];
-    bool masked_;
+    bool counts_[2];
   };
 };
 

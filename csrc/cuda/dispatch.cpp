@@ -109,7 +109,7 @@ const Kernels& kernels_for(const KernelChoice& choice) {
   if (choice.device.arch < SPARSE_ATTN_FIRST_TENSOR_CORES) return simt;
   if (choice.type == DataType::kFloat32 && !choice.tf32) return simt;
   constexpr int kHopper = 90;  // code for sm_90a runs on no other architecture
-  if (choice.device.arch == kHopper && choice.plain && wants_sm90()) {
+  if (choice.device.arch == kHopper && !choice.modified && wants_sm90()) {
     if (const Kernels* kernels = find(sm90_kernels(), choice)) return *kernels;
   }
   const Kernels* kernels = find(tensor_core_kernels(), choice);

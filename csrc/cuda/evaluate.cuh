@@ -22,15 +22,16 @@ __device__ inline TileBounds bounds_of(const Arguments& a, const Work& work, con
           token(keys, list, 0), token(keys, list, keys.count - 1)};
 }
 
-/// Writes the covers of the task's visits to shared memory, kMostCovers bytes. They are there after
-/// a barrier.
-__device__ inline void load_covers(std::uint8_t* covers, const Arguments& a, const Work& work) {
+/// Writes the covers of the task's visits to shared memory, kMostCovers bytes, by the first threads
+/// of the block. They are there after a barrier.
+__device__ inline void load_covers(std::uint8_t* covers, const Arguments& a, const Work& work,
+                                   int threads) {
   const ProgramOfHead program = program_of(a, work);
   int before = 0;  // visits of the runs before
   for (std::uint32_t r = work.task->first_visit; r < work.task->end_visit; ++r) {
     const Visits& run = work.sweep->visits[r];
     for (int i = static_cast<int>(threadIdx.x); i < run.count && before + i < kMostCovers;
-         i += static_cast<int>(blockDim.x)) {
+         i += threads) {
       unsigned cover = 0;
       for (int g = 0; g < 2; ++g) {
         if (!work.has_tile(g) || run.masks[g] == kSkip) continue;

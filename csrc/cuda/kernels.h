@@ -36,8 +36,8 @@ struct Kernels {
   Grouping in_backward;
 
   Sweeps planned;    // for visits with masks of the plan
-  Sweeps evaluated;  // for those that are left to a program, too; none where only plain calls go
-  Sweeps modified;   // for either, in calls with modifiers; likewise
+  Sweeps evaluated;  // for those that are left to a program, too
+  Sweeps modified;   // for either, in calls with modifiers; none where these are not served
 
   Launch merge_states;
   Launch finish_states;
@@ -80,13 +80,13 @@ struct KernelChoice {
   DataType type = DataType::kFloat32;
   std::int64_t head_size = 0;  // at most kLargestHead
   bool tf32 = false;           // float32 may go through TF32
-  bool plain = false;          // all masks are the plan's, and there are no modifiers
+  bool modified = false;       // the call has modifiers
   Device device;
 };
 
 /// Tensor cores where the device and the sizes allow them: sm_80 and, for float32, `tf32`; else the
-/// portable kernels. On a device of sm_90 with SPARSE_ATTN_SM90=1 in the environment plain calls
-/// take the kernels for sm_90a, which have not run on hardware yet.
+/// portable kernels. On a device of sm_90 with SPARSE_ATTN_SM90=1 in the environment calls
+/// without modifiers take the kernels for sm_90a, which have not run on hardware yet.
 const Kernels& kernels_for(const KernelChoice& choice);
 
 }  // namespace sparse_attn::cuda

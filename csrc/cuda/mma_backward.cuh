@@ -101,7 +101,7 @@ class MmaBackward {
       clear(sum_y_[g]);
     }
     if (kGeneral && covers_ != nullptr) {
-      load_covers(covers_, a_, work_);
+      load_covers(covers_, a_, work_, kThreads);
       sync_threads();
     }
     load_own();

@@ -57,7 +57,7 @@ class MmaForward {
 
   __device__ void attend() {
     if (kGeneral && covers_ != nullptr) {
-      load_covers(covers_, a_, work_);
+      load_covers(covers_, a_, work_, kThreads);
       sync_threads();
     }
     load_states();

@@ -75,8 +75,8 @@ class TileRing {
 };
 
 /// The block's shared memory: each consumer's own tiles, those of the other side that come and go,
-/// and a note about each of them.
-template <int kOwn, int kStages, int kTileBytes_, class Note_>
+/// a note about each of them, and room for the producer.
+template <int kOwn, int kStages, int kTileBytes_, class Note_, int kProducerBytes>
 class Sm90Shared {
  public:
   static constexpr int kTileBytes = kTileBytes_;
@@ -91,7 +91,7 @@ class Sm90Shared {
   static constexpr int kNotes = kOwnBarriers + kConsumers * Own::kBarrierBytes;
 
  public:
-  static constexpr int kBytes = kNotes + kStages * static_cast<int>(sizeof(Note));
+  static constexpr int kBytes = kNotes + kStages * static_cast<int>(sizeof(Note)) + kProducerBytes;
 
   __device__ explicit Sm90Shared(char* memory) : memory_(memory) {}
 
@@ -113,47 +113,10 @@ class Sm90Shared {
   __device__ Note& note(const typename Other::Place& place) const {
     return reinterpret_cast<Note*>(memory_ + kNotes)[place.stage];
   }
+  __device__ char* of_producer() const { return memory_ + kBytes - kProducerBytes; }
 
  private:
   char* const memory_;
-};
-
-/// The number of the consumer that a thread is of, -1 in the producer.
-__device__ inline int consumer_number() {
-  return first_lane(static_cast<int>(threadIdx.x) / kWarpgroup) - 1;
-}
-
-/// The visits of a task, as a consumer goes through them. Conditions are taken by vote: they are
-/// the same in all lanes, and so the compiler knows it. Else it waits for each product at once.
-class ConsumerWalk {
- public:
-  __device__ ConsumerWalk(const Work& work, int consumer) : walk_(work), consumer_(consumer) {}
-
-  /// Whether the consumer's tile takes part in the visit at hand.
-  __device__ bool is_mine() const {
-    return any_lane(!walk_.done() && walk_.mask(consumer_) != kSkip);
-  }
-  __device__ std::int32_t mask() const { return walk_.mask(consumer_); }
-  __device__ void next() { walk_.next(); }
-
-  /// Goes on to a visit that the tile takes part in, and lets go of the two tiles of each other
-  /// one.
-  template <class Ring>
-  __device__ bool seek(const Ring& ring, typename Ring::Place& place) {
-    while (any_lane(!walk_.done())) {
-      if (is_mine()) return true;
-      for (int i = 0; i < 2; ++i, place.next()) {
-        ring.await_full(place);  // not to be counted for the use before
-        ring.release(place);
-      }
-      walk_.next();
-    }
-    return false;
-  }
-
- private:
-  VisitWalk walk_;
-  const int consumer_;
 };
 
 __device__ inline Work work_of(const Sm90Arguments& a, Side side, std::int64_t task) {

@@ -1,18 +1,29 @@
 // What the copying warpgroup does, in forward and backward alike: for each task the own tiles of
-// the consumers, then at each visit X and Y of the other side, with a note about each.
+// the consumers, then X and Y of the other side at each visit. It alone walks the plan, and runs
+// ahead while the consumers compute; they read in notes what comes.
 #pragma once
 
 #include "cuda/copy_sm90.cuh"
+#include "cuda/evaluate.cuh"
 
 namespace sparse_attn::cuda {
 
-/// About a tile of keys: which of them are there, and no padding.
+/// What a consumer has to know of a visit.
+struct VisitNote {
+  std::int32_t tile = kNoTile;
+  std::int32_t masks[kConsumers] = {};
+
+  static constexpr std::int32_t kNoTile = -1;  // the task has no more visits: no tile comes
+};
+/// With a tile of keys: which of them are there, and no padding.
 struct KeysNote {
+  VisitNote visit;
   std::uint64_t live;
 };
-/// About a tile of rows: with X log-sum-exps in units of log 2, +inf for rows that are another
+/// With a tile of rows: with X log-sum-exps in units of log 2, +inf for rows that are another
 /// tile's, without keys or beyond the end, so that their P is 0; with Y deltas.
 struct RowsNote {
+  VisitNote visit;
   float of_rows[kMaxTile];
 };
 
@@ -77,28 +88,50 @@ class ComingRows {
 };
 
 /// `Coming` is what comes at a visit. Own tiles are X, and Y if the consumers have places for two.
-template <class S, int kHeadSize, Side kSide, class Coming, class Shared>
+template <class S, int kHeadSize, Side kSide, bool kEvaluates, class Coming, class Shared>
 class Producer {
   static constexpr Side kOther = kSide == Side::kRows ? Side::kKeys : Side::kRows;
+  static constexpr int kBarrier = 1;
   using Copies = TileCopies<S, kHeadSize>;
 
  public:
+  static constexpr int kBytes = kEvaluates ? kMostCovers : 0;  // of shared memory
+
   __device__ Producer(const Sm90Arguments& a, const Shared& shared) : a_(a), shared_(shared) {}
 
   /// `keeps`: see for_each_task().
   __device__ void run(bool keeps) {
+    if (threadIdx.x == 0) prefetch_maps();
     for_each_task(a_, kSide, keeps, [&](const Work& work, std::int64_t) {
 #pragma unroll
       for (int g = 0; g < kConsumers; ++g) {
         if (work.has_tile(g)) copy_own(work, g);
       }
+      const std::uint8_t* covers = find_covers(work);
       for (std::int64_t head = work.head; head < work.end_head(); ++head) {
-        for (VisitWalk walk(work); !walk.done(); walk.next()) copy_other(work, walk.tile(), head);
+        for (VisitWalk walk(work, covers); !walk.done(); walk.next()) copy_other(work, walk, head);
       }
+      end_task();
     });
   }
 
  private:
+  __device__ void prefetch_maps() const {
+    prefetch(a_.key.maps);
+    prefetch(a_.value.maps);
+    prefetch(a_.query.maps);
+  }
+
+  /// Of the visits that are left to a program, which have a pair to give.
+  __device__ const std::uint8_t* find_covers(const Work& work) const {
+    if (!kEvaluates || work.pass->program == nullptr) return nullptr;
+    auto* covers = reinterpret_cast<std::uint8_t*>(shared_.of_producer());
+    sync_some(kBarrier, kWarpgroup);  // all have read those of the task before
+    load_covers(covers, a_.base, work, kWarpgroup);
+    sync_some(kBarrier, kWarpgroup);
+    return covers;
+  }
+
   /// Rows of queries need not be live: what they give is theirs alone.
   __device__ void copy_own(const Work& work, int g) {
     const auto own = shared_.own(g);
@@ -115,17 +148,27 @@ class Producer {
     }
   }
 
-  __device__ void copy_other(const Work& work, int i, std::int64_t head) {
-    const Coming coming(a_, work, i, head);
+  __device__ void copy_other(const Work& work, const VisitWalk& walk, std::int64_t head) {
+    const Coming coming(a_, work, walk.tile(), head);
 #pragma unroll 1
     for (int k = 0; k < 2; ++k) {
       shared_.other().await_empty(place_);
-      coming.write(shared_.note(place_), operand(k));
+      auto& note = shared_.note(place_);
+      if (threadIdx.x == 0) note.visit = {walk.tile(), {walk.mask(0), walk.mask(1)}};
+      coming.write(note, operand(k));
       Copies(a_, work).start(shared_.other().tile(place_), shared_.other().full(place_),
                              TileSource<S>(a_, work, kOther, operand(k), head), coming.tile(),
                              coming.live());
       place_.next();
     }
+  }
+
+  __device__ void end_task() {
+    shared_.other().await_empty(place_);
+    if (threadIdx.x == 0) shared_.note(place_).visit = VisitNote();
+    sync_warp();
+    if (threadIdx.x % 32 == 0) arrive(shared_.other().full(place_));
+    place_.next();
   }
 
   static __device__ Operand operand(int i) { return i == 0 ? Operand::kX : Operand::kY; }

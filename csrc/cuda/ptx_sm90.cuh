@@ -185,11 +185,11 @@ __device__ inline void pin(float (&d)[kTiles][4]) {
   template <Major kMajor>                                                                          \
   __device__ inline void wgmma_m64n##COLUMNS##k16_##TYPE(                                          \
       float(&d)[COLUMNS / 8][4], const std::uint32_t(&a)[4], std::uint64_t b, bool add) {          \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" AFTER6                                   \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %" AFTER6                                 \
                  ", 0;\n"                                                                          \
                  "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." #TYPE "." #TYPE           \
                  " {" PLACES "}, {%" AFTER1 ", %" AFTER2 ", %" AFTER3 ", %" AFTER4 "}, %" AFTER5   \
-                 ", add, 1, 1, %" AFTER7 ";\n}"                                                    \
+                 ", adds, 1, 1, %" AFTER7 ";\n}"                                                   \
                  : SPARSE_ATTN_SUMS_##COLUMNS                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), \
                    "n"(kMajor == Major::kOther ? 1 : 0));                                          \
@@ -197,10 +197,10 @@ __device__ inline void pin(float (&d)[kTiles][4]) {
   template <Major kMajor>                                                                          \
   __device__ inline void wgmma_m64n##COLUMNS##k16_##TYPE(                                          \
       float(&d)[COLUMNS / 8][4], std::uint64_t a, std::uint64_t b, bool add) {                     \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" AFTER3                                   \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %" AFTER3                                 \
                  ", 0;\n"                                                                          \
                  "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." #TYPE "." #TYPE           \
-                 " {" PLACES "}, %" AFTER1 ", %" AFTER2 ", add, 1, 1, 0, %" AFTER4 ";\n}"          \
+                 " {" PLACES "}, %" AFTER1 ", %" AFTER2 ", adds, 1, 1, 0, %" AFTER4 ";\n}"         \
                  : SPARSE_ATTN_SUMS_##COLUMNS                                                      \
                  : "l"(a), "l"(b), "r"(static_cast<int>(add)),                                     \
                    "n"(kMajor == Major::kOther ? 1 : 0));                                          \

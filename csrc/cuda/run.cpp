@@ -241,6 +241,7 @@ class Sequence {
     shape.rows.tasks = pass.row_tasks();
     shape.keys.tasks = pass.key_tasks();
     shape.evaluated = true;
+    shape.steps = {1};
     passes_.push_back({shape, pass.passes, pass.batch});
     global_passes_.push_back(pass);
   }

@@ -31,7 +31,7 @@ class SimtTiles {
     delta = lse + kMaxTile;
     if (work.pass->program == nullptr) return;
     covers = reinterpret_cast<std::uint8_t*>(delta + kMaxTile);
-    load_covers(covers, a, work);
+    load_covers(covers, a, work, static_cast<int>(blockDim.x));
     sync_threads();
   }
 

@@ -1,6 +1,6 @@
 // The kernels for sm_90a of one storage type and head size, SPARSE_ATTN_SCALAR and
-// SPARSE_ATTN_HEAD_SIZE, which CMakeLists.txt sets. They serve passes with masks of the plan, in
-// calls without modifiers; what is not a product comes from the portable kernels of the type.
+// SPARSE_ATTN_HEAD_SIZE, which CMakeLists.txt sets. They serve calls without modifiers; what is not
+// a product comes from the portable kernels of the type.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -19,9 +19,10 @@ namespace {
 
 constexpr int kHeadSize = SPARSE_ATTN_HEAD_SIZE;
 using S = SPARSE_ATTN_SCALAR;
-using Forward = Sm90Forward<S, kHeadSize>;
-using GradQuery = Sm90Backward<S, kHeadSize, Grad::kQuery>;
-using GradKeyValue = Sm90Backward<S, kHeadSize, Grad::kKeyValue>;
+template <bool kEvaluates>
+using Forward = Sm90Forward<S, kHeadSize, kEvaluates>;
+template <Grad kGrad, bool kEvaluates>
+using Backward = Sm90Backward<S, kHeadSize, kGrad, kEvaluates>;
 
 /// Heads or batches that are one piece of memory seen several times have no map.
 bool has_map(const TensorView& view, std::int64_t batch, std::int64_t heads, std::int64_t tokens) {
@@ -66,16 +67,23 @@ void launch_sm90(std::int64_t tasks, void* stream, const Arguments& arguments) {
   launch<Kernel>(std::min<std::int64_t>(tasks, multiprocessors()), stream, all);
 }
 
+template <bool kEvaluates>
+Sweeps sweeps() {
+  return {launch_sm90<Forward<kEvaluates>>, launch_sm90<Backward<Grad::kQuery, kEvaluates>>,
+          launch_sm90<Backward<Grad::kKeyValue, kEvaluates>>, nullptr, nullptr};
+}
+
 }  // namespace
 
 Kernels SPARSE_ATTN_NAME(sm90)(const Kernels& portable) {
   Kernels kernels = portable;
   kernels.path = "sm90";
-  kernels.shared_bytes = largest_shared<Forward, GradQuery, GradKeyValue>;
+  kernels.shared_bytes =
+      largest_shared<Forward<true>, Backward<Grad::kQuery, true>, Backward<Grad::kKeyValue, true>>;
   kernels.in_forward = kernels.in_backward = {kConsumers, kConsumers};
-  kernels.planned = {launch_sm90<Forward>, launch_sm90<GradQuery>, launch_sm90<GradKeyValue>,
-                     nullptr, nullptr};
-  kernels.evaluated = kernels.modified = {};
+  kernels.planned = sweeps<false>();
+  kernels.evaluated = sweeps<true>();
+  kernels.modified = {};
   return kernels;
 }
 

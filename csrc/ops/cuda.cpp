@@ -170,7 +170,7 @@ class DeviceCall {
     choice.type = data_type(a.query.scalar_type());
     choice.head_size = std::max(a.query.size(3), a.value.size(3));
     choice.tf32 = tf32;
-    choice.plain = !modifiers_.get().any() && !on_device_.has_programs();
+    choice.modified = modifiers_.get().any();
     choice.device = cuda::use_device(a.query.device().index());
     return cuda::kernels_for(choice);
   }

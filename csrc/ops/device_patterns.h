@@ -21,8 +21,6 @@ class DevicePatterns {
 
   /// Of the tensors that programs read, the one that says which tokens are global; -1 if none does.
   std::int32_t global_tensor() const { return global_tensor_; }
-  /// Whether passes may be left to programs.
-  bool has_programs() const { return next_tensor_ > 0 || global_tensor_ >= 0; }
   /// Whether heads differ by tensors of their own.
   bool differs_by_head() const { return heads_ > 1; }
 

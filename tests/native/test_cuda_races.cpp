@@ -17,7 +17,7 @@ void run_case(DataType type, const cuda::Device& device, const Expression& patte
   Case c(random, type, shape, {pattern});
   c.listing = Listing::kAll;
   modify(random, c, kinds);
-  const cuda::Kernels& kernels = cuda::kernels_for({c.type, size, true, false, device});
+  const cuda::Kernels& kernels = cuda::kernels_for({c.type, size, true, true, device});
   check::context = std::string(kernels.path) + ", " + c.to_string();
   c.precision = precision_of(kernels, type);
   const Results results = run(kernels, c);

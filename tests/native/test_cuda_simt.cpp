@@ -13,7 +13,7 @@ constexpr DataType kTypes[] = {DataType::kFloat32, DataType::kFloat64, DataType:
 
 const cuda::Kernels& kernels_of(const Case& c) {
   const std::int64_t size = std::max(c.shape.head_dim, c.shape.value_dim);
-  return cuda::kernels_for({c.type, size, false, false, kTuring});
+  return cuda::kernels_for({c.type, size, false, true, kTuring});
 }
 
 void check_case(Case& c) {
