@@ -57,6 +57,32 @@ def results(inputs: list[Tensor], pattern: Pattern, options: dict) -> list[Tenso
     return [output, *torch.autograd.grad(output, inputs, torch.ones_like(output))]
 
 
+def has_sm90() -> bool:
+    """The emulator stands for such a device."""
+    return DEVICE.type != "cuda" or torch.cuda.get_device_capability() == (9, 0)
+
+
+@needs_kernels
+@pytest.mark.skipif(not has_sm90(), reason="of the kernels for sm_90a, which run on no other")
+@pytest.mark.parametrize("name", patterns())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [64, 40])
+def test_kernels_for_sm90_are_as_exact_as_others(monkeypatch, name, dtype, size):
+    pattern, options = patterns()[name]
+    inputs = tensors(size=size, dtype=dtype)
+    exact = results([x.detach().double().requires_grad_() for x in inputs], pattern, options)
+    monkeypatch.setenv("SPARSE_ATTN_SM90", "0")
+    usual = results(inputs, pattern, options)
+    monkeypatch.setenv("SPARSE_ATTN_SM90", "1")
+    ours = results(inputs, pattern, options)
+    assert all(map(torch.equal, ours, results(inputs, pattern, options)))
+    for mine, other, expected in zip(ours, usual, exact, strict=True):
+        bound = (other - expected).abs().max() + torch.finfo(dtype).eps * expected.abs().max()
+        assert (mine - expected).abs().max() <= 2 * bound
+    # They sum in another order, so these are not the usual ones.
+    assert not all(map(torch.equal, ours, usual))
+
+
 @needs_gpu
 @pytest.mark.parametrize("name", patterns())
 def test_no_synchronization(name):
