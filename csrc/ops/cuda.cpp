@@ -63,6 +63,22 @@ c10::Stream current_stream(at::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
+const cuda::Kernels& choose_kernels(const at::Tensor& query, const at::Tensor& value,
+                                    bool modified) {
+  cuda::KernelChoice choice;
+  choice.type = data_type(query.scalar_type());
+  choice.head_size = std::max(query.size(3), value.size(3));
+  choice.tf32 = query.scalar_type() == at::kFloat && allows_tf32();
+  choice.modified = modified;
+  choice.device = cuda::use_device(query.device().index());
+  return cuda::kernels_for(choice);
+}
+
+/// Their name: simt, mma or sm90.
+std::string cuda_kernels(const at::Tensor& query, const at::Tensor& value, bool modified) {
+  return choose_kernels(query, value, modified).path;
+}
+
 /// What a call is for. The last are derivatives beyond the first of query, key and value: they have
 /// portable kernels alone.
 enum class Purpose { kForward, kBackward, kAlong };
@@ -76,7 +92,9 @@ class DeviceCall {
         on_device_(a, pattern, capturing_),
         modifiers_(a, pattern),
         along_(cuda::along_kernels_for(data_type(a.query.scalar_type()))),
-        kernels_(purpose == Purpose::kAlong ? *along_.portable : choose_kernels(a)),
+        kernels_(purpose == Purpose::kAlong
+                     ? *along_.portable
+                     : choose_kernels(a.query, a.value, modifiers_.get().any())),
         pads_(std::strcmp(kernels_.path, "simt") != 0) {
     const auto patterns = head_patterns(pattern);
     const bool backward = purpose != Purpose::kForward;
@@ -164,17 +182,6 @@ class DeviceCall {
   at::Tensor query, key, value;
 
  private:
-  const cuda::Kernels& choose_kernels(const AttentionArguments& a) {
-    const bool tf32 = a.query.scalar_type() == at::kFloat && allows_tf32();
-    cuda::KernelChoice choice;
-    choice.type = data_type(a.query.scalar_type());
-    choice.head_size = std::max(a.query.size(3), a.value.size(3));
-    choice.tf32 = tf32;
-    choice.modified = modifiers_.get().any();
-    choice.device = cuda::use_device(a.query.device().index());
-    return cuda::kernels_for(choice);
-  }
-
   /// The kernels take maxima of unscaled logits: the scale is made positive, and the query bears
   /// its sign.
   at::Tensor positively_scaled(const AttentionArguments& a) {
@@ -397,6 +404,7 @@ TORCH_LIBRARY_IMPL(sparse_attn, SPARSE_ATTN_CUDA_KERNELS_FOR, m) {
   m.impl("attention_table_backward", TORCH_FN(TableBackwardOp::kernel<table_backward_cuda>));
   m.impl("attention_tangent", TORCH_FN(TangentOp::kernel<tangent_cuda>));
   m.impl("attention_backward_backward", TORCH_FN(SecondOp::kernel<second_cuda>));
+  m.impl("_cuda_kernels", TORCH_FN(cuda_kernels));
 }
 
 }  // namespace sparse_attn

@@ -61,6 +61,8 @@ TORCH_LIBRARY(sparse_attn, m) {
   m.def(("_pattern_cost(" + pattern + ", int[]? tile=None) -> int[]").c_str());
   m.def(("_pattern_plan(" + pattern + ") -> str").c_str());
   m.def("_cuda_archs() -> str[]");
+  // Which kernels serve a call: simt, mma (tensor cores) or sm90. With modifiers: bias, gate, ...
+  m.def("_cuda_kernels(Tensor query, Tensor value, bool modified=False) -> str");
   m.def("_plan_cache_size() -> int");
   m.def("_clear_plan_cache() -> ()");
 }
