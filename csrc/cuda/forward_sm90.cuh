@@ -13,6 +13,9 @@ namespace sparse_attn::cuda {
 template <class S, int kHeadSize, bool kEvaluates>
 class Sm90Forward {
   static constexpr int kStages = 8, kCovers = kEvaluates ? kMostCovers : 0;
+  /// A multiprocessor makes 16 exponentials in a cycle: for heads of 64 as many cycles as the
+  /// products take. A quarter goes to the pipes for multiplications, which have that much time.
+  static constexpr int kPolynomials = kHeadSize <= 64 ? 4 : 0;
   using Products = WarpgroupProducts<S, kHeadSize>;
   using Shared = Sm90Shared<1, kStages, Products::Copies::kTileBytes, KeysNote, kCovers>;
   using Place = typename Shared::Other::Place;
@@ -125,7 +128,7 @@ class Sm90Forward {
       for (int half = 0; half < 2; ++half) {
         factor_[half] = raise_maximum(s_, half, this->scale_, maximum_[half]);
         sum_[half] *= factor_[half];
-        exponentiate(s_, half, this->scale_, maximum_[half], sum_[half]);
+        exponentiate<kPolynomials>(s_, half, this->scale_, maximum_[half], sum_[half]);
       }
     }
 

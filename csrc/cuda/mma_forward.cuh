@@ -155,7 +155,7 @@ class MmaForward {
         const float factor = raise_maximum(s[g], half, scale, maximum_[g][half]);
         sum_[g][half] *= factor;
         multiply_row(o_[g], half, factor);
-        exponentiate(s[g], half, scale, maximum_[g][half], sum_[g][half]);
+        exponentiate<0>(s[g], half, scale, maximum_[g][half], sum_[g][half]);
       }
       if (drops_) drop_fragments<true>(s[g], keeps_ + g * kMaxTile, place, 1.0f);
     }

@@ -97,7 +97,7 @@ struct WarpgroupProducts {
   static constexpr int kNoPiece = 16;
 
   /// How far a step along the depth is.
-  static constexpr int along(int step) {
+  static __device__ constexpr int along(int step) {
     return step / kStepsOfPiece * Copies::kPieceBytes +
            step % kStepsOfPiece * kDepth * static_cast<int>(sizeof(S));
   }

@@ -26,8 +26,29 @@ __device__ inline float raise_maximum(const float (&s)[kTiles][4], int half, flo
   return factor;
 }
 
-/// Logits become probabilities, which are added to the sum: of the lane's columns alone.
-template <int kTiles>
+/// 2^x by additions and multiplications alone. The relative error is below 3e-6; 0 for -inf, and
+/// NaN stays NaN.
+__device__ inline float exp2_by_polynomial(float x) {
+  constexpr float kRounds = 0x1.8p23f;  // the last bits of a sum with it are the other, rounded
+  x = x < -127.0f ? -127.0f : x;
+  const float rounded = x + kRounds;
+  const float f = x - (rounded - kRounds);
+  // Minimax on [-1/2, 1/2], with 1 at 0.
+  float power = fmaf(9.582853e-3f, f, 5.5906425e-2f);
+  power = fmaf(power, f, 2.4024099e-1f);
+  power = fmaf(power, f, 6.9312419e-1f);
+  power = fmaf(power, f, 1.0f);
+  std::uint32_t bits;
+  memcpy(&bits, &rounded, sizeof(bits));
+  bits = (bits << 23) + 0x3f800000u;  // 2 to the rounded one, 0 for -127
+  float scale;
+  memcpy(&scale, &bits, sizeof(scale));
+  return power * scale;
+}
+
+/// Logits become probabilities, which are added to the sum: of the lane's columns alone. One pair
+/// of columns in `kPolynomials` (0: none) is left to multiplications.
+template <int kPolynomials, int kTiles>
 __device__ inline void exponentiate(float (&s)[kTiles][4], int half, float scale, float maximum,
                                     float& sum) {
   const float finite = finite_maximum(maximum);
@@ -35,7 +56,9 @@ __device__ inline void exponentiate(float (&s)[kTiles][4], int half, float scale
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 2 * half; i < 2 * half + 2; ++i) {
-      s[n][i] = exp2_approx(fmaf(s[n][i], scale, -finite));
+      const float x = fmaf(s[n][i], scale, -finite);
+      const bool is_polynomial = kPolynomials > 0 && n % (kPolynomials + !kPolynomials) == 0;
+      s[n][i] = is_polynomial ? exp2_by_polynomial(x) : exp2_approx(x);
       sum += s[n][i];
     }
   }

@@ -1,6 +1,8 @@
 // The kernels for sm_90a on the emulator, against the naive reference.
+#include <cmath>
 #include <cstdlib>
 
+#include "cuda/softmax_fragments.cuh"
 #include "cuda_case.h"
 
 namespace {
@@ -29,6 +31,19 @@ Case case_of(Random& random, DataType type, Sizes sizes, std::int64_t size,
   shape.sizes = sizes;
   shape.head_dim = shape.value_dim = size;
   return Case(random, type, shape, {pattern});
+}
+
+void test_polynomial() {
+  Random random(3);
+  for (int i = 0; i < 100000; ++i) {
+    const auto x = static_cast<float>(140.0 * random.real());
+    const double exact = x < -126.5f ? 0.0 : std::exp2(static_cast<double>(x));
+    const double got = static_cast<double>(cuda::exp2_by_polynomial(x));
+    CHECK(std::fabs(got - exact) <= 3e-6 * exact + 0x1p-126);
+  }
+  CHECK_EQUAL(cuda::exp2_by_polynomial(0.0f), 1.0f);
+  CHECK_EQUAL(cuda::exp2_by_polynomial(-INFINITY), 0.0f);
+  CHECK(std::isnan(cuda::exp2_by_polynomial(NAN)));
 }
 
 /// Each kind of tile: boxes of a tensor map, those of residue classes, of which some reach beyond
@@ -78,6 +93,7 @@ void test_random_cases(int cases) {
 
 int main() {
   setenv("SPARSE_ATTN_SM90", "1", 1);
+  test_polynomial();
   test_patterns();
   test_random_cases(20);
   return check::report();
