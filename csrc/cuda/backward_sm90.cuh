@@ -18,8 +18,7 @@ class Sm90Backward {
   static constexpr Side kSide = kByRows ? Side::kRows : Side::kKeys;
   static constexpr int kStages = kHeadSize > 64 ? 6 : 8, kCovers = kEvaluates ? kMostCovers : 0;
   using Products = WarpgroupProducts<S, kHeadSize>;
-  using Coming = std::conditional_t<kByRows, ComingKeys, ComingRows>;
-  using Note = typename Coming::Note;
+  using Note = std::conditional_t<kByRows, KeysNote, RowsNote>;
   using Shared = Sm90Shared<2, kStages, Products::Copies::kTileBytes, Note, kCovers>;
   using Place = typename Shared::Other::Place;
   using OwnPlace = typename Shared::Own::Place;
@@ -35,8 +34,7 @@ class Sm90Backward {
     shared.init();
     if (threadIdx.x < kWarpgroup) {
       lower_registers<kProducerRegisters>();
-      Producer<S, kHeadSize, kSide, kEvaluates, Coming, Shared>(a, shared).run(
-          a.base.grad_query.add);
+      Producer<S, kHeadSize, kSide, kEvaluates, Shared>(a, shared).run(a.base.grad_query.add);
     } else {
       raise_registers<kConsumerRegisters>();
       OwnTile(a, shared).run();
@@ -133,7 +131,7 @@ class Sm90Backward {
       probabilities(shared_.note(x));
       wgmma_wait<0>();
       pin(dp_);
-      logit_gradients(shared_.note(y));
+      logit_gradients(shared_.note(x));
       Products::as_operand(ds_, dp_);
       start_sum(sum_x_, ds_, x);
       if constexpr (!kByRows) {
@@ -167,8 +165,9 @@ class Sm90Backward {
       wgmma_commit();
     }
 
-    __device__ void start_sum(Sums& sums, const typename Products::Operand& p, const Place& place) {
+    __device__ void start_sum(Sums& sums, typename Products::Operand& p, const Place& place) {
       pin(sums);
+      pin(p);
       wgmma_fence();
       Products::add_by_columns(sums, p, shared_.other().tile(place));
       wgmma_commit();
@@ -177,7 +176,7 @@ class Sm90Backward {
     // ---- elements -----------------------------------------------------------------------------
 
     /// S -> P = exp(S - lse), 0 where masked.
-    __device__ void probabilities(const Note& lse) {
+    __device__ void probabilities(const Note& note) {
       if (masked_) mask_rows(s_, words_);
 #pragma unroll
       for (int n = 0; n < kMaxTile / 8; ++n) {
@@ -187,7 +186,7 @@ class Sm90Backward {
           if constexpr (kByRows) {
             of_row = lse_[i / 2];
           } else {
-            of_row = lse.of_rows[fragment_column(n, i)];
+            of_row = note.lse[fragment_column(n, i)];
           }
           s_[n][i] = exp2_approx(fmaf(s_[n][i], scale_, -of_row));
         }
@@ -195,7 +194,7 @@ class Sm90Backward {
     }
 
     /// dP -> dS = P (dP - delta). The scale waits for the sum.
-    __device__ void logit_gradients(const Note& delta) {
+    __device__ void logit_gradients(const Note& note) {
 #pragma unroll
       for (int n = 0; n < kMaxTile / 8; ++n) {
 #pragma unroll
@@ -204,7 +203,7 @@ class Sm90Backward {
           if constexpr (kByRows) {
             of_row = delta_[i / 2];
           } else {
-            of_row = delta.of_rows[fragment_column(n, i)];
+            of_row = note.delta[fragment_column(n, i)];
           }
           dp_[n][i] = s_[n][i] * (dp_[n][i] - of_row);
         }

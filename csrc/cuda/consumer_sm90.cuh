@@ -62,7 +62,7 @@ class Consumer {
     for (int half = 0; half < 2; ++half) {
       std::uint64_t word = live;
       if (mask >= 0) {
-        word &= (kByRows ? work.pass->masks_of_rows : work.pass->masks)[mask][row(half)];
+        word &= note.visit.words[number_][row(half)];
       } else if (kEvaluates && mask == kEvaluate) {
         word &= evaluate(work, note.visit.tile, half);
       }

@@ -51,14 +51,13 @@ class TileCopies {
   static constexpr int kPieceBytes = kBoxTokens * kRowBytesOfPiece;
   static constexpr int kTileBytes = kPieces * kPieceBytes;
 
-  __device__ TileCopies(const Sm90Arguments& a, const Work& work)
-      : a_(a.base), list_(work.pass->token_list) {}
+  __device__ explicit TileCopies(const Work& work) : list_(work.pass->token_list) {}
 
   /// Fills the place of a tile. Rows that are not `live` become zeros.
   __device__ void start(char* to, MBarrier* full, const TileSource<S>& from, const Tile& tile,
                         std::uint64_t live) const {
     Box box;
-    if (live == first_rows(tile.count)) box = box_of(tile, from.tokens);
+    if (live == first_rows(tile.count)) box = box_of(tile, from);
     if (box.map < 0) {
       copy_rows(to, from, tile, live);
       cp_async_commit();
@@ -81,7 +80,7 @@ class TileCopies {
   };
 
   /// Sequences with a map have less than 2^31 tokens.
-  __device__ Box box_of(const Tile& tile, std::int64_t tokens) const {
+  __device__ Box box_of(const Tile& tile, const TileSource<S>& from) const {
     Box box;
     if (tile.list >= 0) return box;
     const int start = static_cast<int>(tile.start);
@@ -90,7 +89,7 @@ class TileCopies {
     const std::int64_t end = std::int64_t{box.in_class + tile.count} * tile.step;
 #pragma unroll
     for (int i = 0; i < kMostSteps; ++i) {
-      if (a_.steps[i] == tile.step && end <= tokens) box.map = i;
+      if (from.mapped.steps[i] == tile.step && end <= from.tokens) box.map = i;
     }
     return box;
   }
@@ -125,7 +124,6 @@ class TileCopies {
     }
   }
 
-  const Arguments& a_;
   const std::int64_t* const list_;
 };
 

@@ -31,8 +31,7 @@ class Sm90Forward {
     shared.init();
     if (threadIdx.x < kWarpgroup) {
       lower_registers<kProducerRegisters>();
-      Producer<S, kHeadSize, Side::kRows, kEvaluates, ComingKeys, Shared>(a, shared).run(
-          !a.base.first);
+      Producer<S, kHeadSize, Side::kRows, kEvaluates, Shared>(a, shared).run(!a.base.first);
     } else {
       raise_registers<kConsumerRegisters>();
       Rows(a, shared).run();
@@ -88,8 +87,7 @@ class Sm90Forward {
         start_output(values);
         wgmma_wait<1>();
         finish_logits(place_);
-        finish_output(values);
-        rescale_output();
+        finish_output_and_rescale(values);
         values = place_.following();
       }
       start_output(values);
@@ -109,6 +107,7 @@ class Sm90Forward {
     __device__ void start_output(const Place& values) {
       shared_.other().await_full(values);
       pin(o_);
+      pin(p_);
       wgmma_fence();
       Products::add_by_columns(o_, p_, shared_.other().tile(values));
       wgmma_commit();
@@ -132,8 +131,18 @@ class Sm90Forward {
       }
     }
 
+    /// The vote has to wait for all of the softmax (no sum is negative): or else the assembler
+    /// would wait for the output before it, and nothing would overlap.
+    __device__ void finish_output_and_rescale(const Place& values) {
+      const bool is_one = factor_[0] == 1.0f && factor_[1] == 1.0f;
+      if (any_lane(!is_one || sum_[0] < 0.0f || sum_[1] < 0.0f)) {
+        finish_output(values);
+        rescale_output();
+      } else {
+        finish_output(values);
+      }
+    }
     __device__ void rescale_output() {
-      if (!any_lane(factor_[0] != 1.0f || factor_[1] != 1.0f)) return;
 #pragma unroll
       for (int half = 0; half < 2; ++half) multiply_row(o_, half, factor_[half]);
     }

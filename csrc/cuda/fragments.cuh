@@ -33,19 +33,20 @@ __device__ inline void multiply_row(float (&sums)[kTiles][4], int half, float fa
   }
 }
 
-/// The first `columns` of a row, multiplied with a factor. With 0 they are 0 even if a value that
-/// the row does not see is NaN.
+/// The first `columns` of a row, an even number, multiplied with a factor. With 0 they are 0 even
+/// if a value that the row does not see is NaN.
 template <class Sink, int kTiles>
 __device__ inline void write_row(const Sink& sink, const float (&sums)[kTiles][4], int half,
                                  float factor, int columns) {
-  const bool any = factor != 0.0f;
+  sink.put_pairs([&](auto store) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const int column = fragment_column(n, 0);
-    if (column >= columns) continue;
-    sink.put(column, any ? sums[n][2 * half] * factor : 0.0f,
-             any ? sums[n][2 * half + 1] * factor : 0.0f);
-  }
+    for (int n = 0; n < kTiles; ++n) {
+      const int column = fragment_column(n, 0);
+      const float x = sums[n][2 * half], next = sums[n][2 * half + 1];
+      const bool any = factor != 0.0f;
+      if (column < columns) store(column, any ? x * factor : 0.0f, any ? next * factor : 0.0f);
+    }
+  });
 }
 
 /// Logits of pairs whose bit is not set become -inf: a word for each of the lane's two rows, a bit

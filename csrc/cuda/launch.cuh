@@ -22,14 +22,18 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSM)
   Kernel::run(arguments);
 }
 
+/// Blocks, or tasks that blocks take in turn.
+inline void check_blocks(std::int64_t blocks) {
+  if (blocks <= std::numeric_limits<std::int32_t>::max()) return;
+  throw std::runtime_error("sparse_attn: expected at most 2^31 - 1 blocks of threads, got " +
+                           std::to_string(blocks) + ": too many heads and tokens for one call");
+}
+
 /// Queues `blocks` blocks of the kernel on the stream.
 template <class Kernel, class Arguments>
 void launch(std::int64_t blocks, void* stream, const Arguments& arguments) {
   if (blocks == 0) return;
-  if (blocks > std::numeric_limits<std::int32_t>::max()) {
-    throw std::runtime_error("sparse_attn: expected at most 2^31 - 1 blocks of threads, got " +
-                             std::to_string(blocks) + ": too many heads and tokens for one call");
-  }
+  check_blocks(blocks);
   constexpr int kMostWithoutAsking = 48 * 1024;
   if (Kernel::kSharedBytes > kMostWithoutAsking) {
     check(cudaFuncSetAttribute(entry<Kernel, Arguments>,

@@ -13,7 +13,7 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kWarps = kWarpgroup / 32;
 constexpr int kSm90Threads = (1 + kConsumers) * kWarpgroup;
 /// In multiples of 8. A block of 384 threads begins with 168 each; producers give to consumers.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * 168);
 
 /// A use of a ring: its place, and whether the ring has gone round an odd number of times.

@@ -8,87 +8,60 @@
 
 namespace sparse_attn::cuda {
 
-/// What a consumer has to know of a visit.
+/// What a consumer has to know of a visit. With a mask of the plan, the words are there too: of its
+/// own tile's rows (or keys), a bit for each column.
 struct VisitNote {
   std::int32_t tile = kNoTile;
-  std::int32_t masks[kConsumers] = {};
+  std::int32_t masks[kConsumers];
+  std::uint64_t words[kConsumers][kMaxTile];
 
   static constexpr std::int32_t kNoTile = -1;  // the task has no more visits: no tile comes
 };
-/// With a tile of keys: which of them are there, and no padding.
+/// Of keys: which of them are there, and no padding.
 struct KeysNote {
   VisitNote visit;
   std::uint64_t live;
 };
-/// With a tile of rows: with X log-sum-exps in units of log 2, +inf for rows that are another
-/// tile's, without keys or beyond the end, so that their P is 0; with Y deltas.
+/// Of rows: log-sum-exps in units of log 2, +inf for rows that are another tile's, without keys or
+/// beyond the end, so that their P is 0; and deltas.
 struct RowsNote {
   VisitNote visit;
-  float of_rows[kMaxTile];
+  float lse[kMaxTile], delta[kMaxTile];
 };
 
-/// A tile of keys that comes, as a warp sees it.
-class ComingKeys {
- public:
-  using Note = KeysNote;
-
-  __device__ ComingKeys(const Sm90Arguments& a, const Work& work, int i, std::int64_t)
-      : tile_(work.pass->key_tiles[i]), live_(live_keys(a.base.call, work, tile_)) {}
-
-  __device__ const Tile& tile() const { return tile_; }
-  __device__ std::uint64_t live() const { return live_; }
-  /// By the warp that arrives first at the barrier of the tile.
-  __device__ void write(KeysNote& note, Operand) const {
-    if (threadIdx.x == 0) note.live = live_;
-  }
-
- private:
-  const Tile& tile_;
-  const std::uint64_t live_;
-};
-
-/// A tile of rows that comes: each lane has two of them. Rows without keys are not live.
-class ComingRows {
- public:
-  using Note = RowsNote;
-
-  __device__ ComingRows(const Sm90Arguments& a, const Work& work, int i, std::int64_t head)
-      : tile_(work.pass->row_tiles[i]) {
-    const std::int64_t first = first_row_of(a.base.call, work.batch, head);
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    std::uint32_t live[2];
+/// Writes the note about a tile of keys, by the warp that arrives first at the tile's barrier;
+/// returns which of them are live.
+__device__ inline std::uint64_t write_note(KeysNote& note, const Sm90Arguments& a, const Work& work,
+                                           int tile, std::int64_t) {
+  const std::uint64_t live = live_keys(a.base.call, work, work.pass->key_tiles[tile]);
+  if (threadIdx.x == 0) note.live = live;
+  return live;
+}
+/// Likewise about a tile of rows. Those without keys are not live.
+__device__ inline std::uint64_t write_note(RowsNote& note, const Sm90Arguments& a, const Work& work,
+                                           int i, std::int64_t head) {
+  const RowTile& tile = work.pass->row_tiles[i];
+  const std::int64_t first = first_row_of(a.base.call, work.batch, head);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  std::uint32_t live[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = lane + 32 * half;
-      const bool exists = row < tile_.rows.count;
-      const std::int64_t at = first + token(tile_.rows, work.pass->token_list, exists ? row : 0);
-      const float lse = static_cast<const float*>(a.base.call.lse)[at];
-      const bool is_live = exists && lse != -kInfinity;
-      const bool counts = is_live && (tile_.owned >> row & 1) != 0;
-      lse_[half] = counts ? lse * kLog2E : kInfinity;
-      delta_[half] = counts ? static_cast<const float*>(a.base.delta)[at] : 0.0f;
-      live[half] = ballot(is_live);
-    }
-    live_ = live[0] | static_cast<std::uint64_t>(live[1]) << 32;
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane + 32 * half;
+    const bool exists = row < tile.rows.count;
+    const std::int64_t at = first + token(tile.rows, work.pass->token_list, exists ? row : 0);
+    const float lse = static_cast<const float*>(a.base.call.lse)[at];
+    const bool is_live = exists && lse != -kInfinity;
+    live[half] = ballot(is_live);
+    if (threadIdx.x >= 32) continue;
+    const bool counts = is_live && (tile.owned >> row & 1) != 0;
+    note.lse[row] = counts ? lse * kLog2E : kInfinity;
+    note.delta[row] = counts ? static_cast<const float*>(a.base.delta)[at] : 0.0f;
   }
+  return live[0] | static_cast<std::uint64_t>(live[1]) << 32;
+}
 
-  __device__ const Tile& tile() const { return tile_.rows; }
-  __device__ std::uint64_t live() const { return live_; }
-  __device__ void write(RowsNote& note, Operand which) const {
-    if (threadIdx.x >= 32) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      note.of_rows[threadIdx.x + 32 * half] = which == Operand::kX ? lse_[half] : delta_[half];
-  }
-
- private:
-  const RowTile& tile_;
-  std::uint64_t live_;
-  float lse_[2], delta_[2];
-};
-
-/// `Coming` is what comes at a visit. Own tiles are X, and Y if the consumers have places for two.
-template <class S, int kHeadSize, Side kSide, bool kEvaluates, class Coming, class Shared>
+/// Own tiles are X, and Y if the consumers have places for two.
+template <class S, int kHeadSize, Side kSide, bool kEvaluates, class Shared>
 class Producer {
   static constexpr Side kOther = kSide == Side::kRows ? Side::kKeys : Side::kRows;
   static constexpr int kBarrier = 1;
@@ -142,30 +115,48 @@ class Producer {
     for (int i = 0; i < Shared::Own::kStages; ++i) {
       typename Shared::Own::Place& place = own_place_[g];
       own.await_empty(place);
-      Copies(a_, work).start(own.tile(place), own.full(place),
-                             TileSource<S>(a_, work, kSide, operand(i), work.head), tile, live);
+      Copies(work).start(own.tile(place), own.full(place),
+                         TileSource<S>(a_, work, kSide, operand(i), work.head), tile, live);
       place.next();
     }
   }
 
+  /// A visit: its note comes with X. Without a live token it is left out.
   __device__ void copy_other(const Work& work, const VisitWalk& walk, std::int64_t head) {
-    const Coming coming(a_, work, walk.tile(), head);
+    const auto other = shared_.other();
+    other.await_empty(place_);
+    auto& note = shared_.note(place_);
+    const std::uint64_t live = write_note(note, a_, work, walk.tile(), head);
+    if (live == 0) return;
+    write_visit(note.visit, work, walk);
 #pragma unroll 1
-    for (int k = 0; k < 2; ++k) {
-      shared_.other().await_empty(place_);
-      auto& note = shared_.note(place_);
-      if (threadIdx.x == 0) note.visit = {walk.tile(), {walk.mask(0), walk.mask(1)}};
-      coming.write(note, operand(k));
-      Copies(a_, work).start(shared_.other().tile(place_), shared_.other().full(place_),
-                             TileSource<S>(a_, work, kOther, operand(k), head), coming.tile(),
-                             coming.live());
+    for (int i = 0; i < 2; ++i) {
+      other.await_empty(place_);
+      Copies(work).start(other.tile(place_), other.full(place_),
+                         TileSource<S>(a_, work, kOther, operand(i), head),
+                         work.other_tile(walk.tile()), live);
       place_.next();
     }
   }
 
+  __device__ void write_visit(VisitNote& note, const Work& work, const VisitWalk& walk) const {
+    if (threadIdx.x == 0) {
+      note.tile = walk.tile();
+#pragma unroll
+      for (int g = 0; g < kConsumers; ++g) note.masks[g] = walk.mask(g);
+    }
+    static_assert(kConsumers * kMaxTile == kWarpgroup, "a word for each thread");
+    const int g = static_cast<int>(threadIdx.x) / kMaxTile,
+              row = static_cast<int>(threadIdx.x) % kMaxTile;
+    const std::int32_t mask = walk.mask(g);
+    if (mask < 0) return;
+    note.words[g][row] =
+        (kSide == Side::kRows ? work.pass->masks_of_rows : work.pass->masks)[mask][row];
+  }
+
   __device__ void end_task() {
     shared_.other().await_empty(place_);
-    if (threadIdx.x == 0) shared_.note(place_).visit = VisitNote();
+    if (threadIdx.x == 0) shared_.note(place_).visit.tile = VisitNote::kNoTile;
     sync_warp();
     if (threadIdx.x % 32 == 0) arrive(shared_.other().full(place_));
     place_.next();

@@ -61,6 +61,22 @@ __device__ inline float16 narrow<float16>(float x) {
   return {float_to_f16(x)};
 }
 
+/// Stores two neighbours; those of 16 bits at once, which wants them aligned to 4 bytes.
+__device__ inline void store_pair(float* to, float x, float next) {
+  to[0] = x;
+  to[1] = next;
+}
+__device__ inline void store_pair(double* to, double x, double next) {
+  to[0] = x;
+  to[1] = next;
+}
+__device__ inline void store_pair(bfloat16* to, float x, float next) {
+  *reinterpret_cast<std::uint32_t*>(to) = pack_bf16(x, next);
+}
+__device__ inline void store_pair(float16* to, float x, float next) {
+  *reinterpret_cast<std::uint32_t*>(to) = pack_f16(x, next);
+}
+
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float logarithm(float x) { return logf(x); }

@@ -45,9 +45,15 @@ class RowSink {
       output_[column] = narrow<S>(x);
     }
   }
-  __device__ void put(int column, T x, T next) const {
-    put(column, x);
-    put(column + 1, next);
+  /// Calls write(store), where store(column, x, next) takes two columns, of which the first is
+  /// even. What happens to them is decided once for all.
+  template <class Write>
+  __device__ void put_pairs(Write write) const {
+    if (output_ == nullptr) {
+      write([&](int column, T x, T next) { store_pair(state_.output + column, x, next); });
+    } else {
+      write([&](int column, T x, T next) { store_pair(output_ + column, x, next); });
+    }
   }
 
  private:
@@ -102,12 +108,25 @@ class GradientSink {
       narrow_[column] = narrow<S>(add_ ? widen(narrow_[column]) + x : x);
     }
   }
-  __device__ void put(int column, T x, T next) const {
-    put(column, x);
-    put(column + 1, next);
+  /// As RowSink's. Columns that do not exist are not to be asked for.
+  template <class Write>
+  __device__ void put_pairs(Write write) const {
+    if (wide_ != nullptr) {
+      write([&](int column, T x, T next) { put_pair(wide_ + column, x, next); });
+    } else {
+      write([&](int column, T x, T next) { put_pair(narrow_ + column, x, next); });
+    }
   }
 
  private:
+  template <class Element>
+  __device__ void put_pair(Element* to, T x, T next) const {
+    if (add_) {
+      x += widen(to[0]);
+      next += widen(to[1]);
+    }
+    store_pair(to, x, next);
+  }
   __device__ void set_row(const Arguments& a, Side side, const HeadWork& place,
                           const Gradient& gradient, std::int64_t token) {
     const std::int64_t head = side == Side::kRows ? place.head : place.key_head(a.call);

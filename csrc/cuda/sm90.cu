@@ -24,17 +24,20 @@ using Forward = Sm90Forward<S, kHeadSize, kEvaluates>;
 template <Grad kGrad, bool kEvaluates>
 using Backward = Sm90Backward<S, kHeadSize, kGrad, kEvaluates>;
 
-/// Heads or batches that are one piece of memory seen several times have no map.
+/// Heads or batches that are one piece of memory seen several times have no map, and neither have
+/// sequences that are too long for the coordinates.
 bool has_map(const TensorView& view, std::int64_t batch, std::int64_t heads, std::int64_t tokens) {
+  constexpr std::int64_t kMostTokens = std::numeric_limits<std::int32_t>::max();
   return (batch == 1 || view.batch_stride > 0) && (heads == 1 || view.head_stride > 0) &&
-         (tokens == 1 || view.row_stride > 0);
+         (tokens == 1 || view.row_stride > 0) && tokens <= kMostTokens;
 }
 
-/// Of each step; a dimension of one element has the stride of the next smaller.
-void map_rows(MappedRows& to, const TensorView& view, std::int64_t batch, std::int64_t heads,
-              std::int64_t tokens, std::int64_t columns, std::int32_t (&steps)[kMostSteps]) {
-  constexpr std::int64_t kAnyStride = 8;  // 16 bytes
-  constexpr std::int64_t kMostTokens = std::numeric_limits<std::int32_t>::max();
+/// The maps for the steps of the pass. A dimension of one element has a stride of its own choice:
+/// what lies before it.
+MappedRows map_rows(const TensorView& view, std::int64_t batch, std::int64_t heads,
+                    std::int64_t tokens, std::int64_t columns, const Arguments& arguments) {
+  MappedRows mapped;
+  if (!has_map(view, batch, heads, tokens)) return mapped;
   MappedTensor tensor;
   tensor.view = view;
   tensor.type = std::is_same_v<S, bfloat16> ? DataType::kBFloat16 : DataType::kFloat16;
@@ -42,14 +45,16 @@ void map_rows(MappedRows& to, const TensorView& view, std::int64_t batch, std::i
   tensor.heads = heads;
   tensor.tokens = tokens;
   tensor.columns = columns;
-  if (tokens == 1) tensor.view.row_stride = kAnyStride;
-  if (heads == 1) tensor.view.head_stride = kAnyStride;
-  if (batch == 1) tensor.view.batch_stride = kAnyStride;
+  if (tokens == 1) tensor.view.row_stride = (columns + kChunk<S> - 1) / kChunk<S> * kChunk<S>;
+  if (heads == 1) tensor.view.head_stride = tokens * tensor.view.row_stride;
+  if (batch == 1) tensor.view.batch_stride = heads * tensor.view.head_stride;
   for (int i = 0; i < kMostSteps; ++i) {
-    if (!has_map(view, batch, heads, tokens) || tokens < steps[i] || tokens > kMostTokens)
-      steps[i] = 0;
-    if (steps[i] > 0) to.maps[i] = make_tensor_map(tensor, steps[i]);
+    const std::int32_t step = arguments.steps[i];
+    if (step == 0 || step > tokens) continue;
+    mapped.steps[i] = step;
+    mapped.maps[i] = make_tensor_map(tensor, step);
   }
+  return mapped;
 }
 
 template <class Kernel>
@@ -58,12 +63,12 @@ void launch_sm90(std::int64_t tasks, void* stream, const Arguments& arguments) {
   all.base = arguments;
   all.tasks = tasks;
   const AttentionParams& p = arguments.call;
-  auto& steps = all.base.steps;
-  map_rows(all.query, p.query, p.batch, p.heads, p.n_q, p.head_dim, steps);
-  map_rows(all.key, p.key, p.batch, p.heads_kv, p.n_k, p.head_dim, steps);
-  map_rows(all.value, p.value, p.batch, p.heads_kv, p.n_k, p.value_dim, steps);
+  all.query = map_rows(p.query, p.batch, p.heads, p.n_q, p.head_dim, arguments);
+  all.key = map_rows(p.key, p.batch, p.heads_kv, p.n_k, p.head_dim, arguments);
+  all.value = map_rows(p.value, p.batch, p.heads_kv, p.n_k, p.value_dim, arguments);
   if (p.grad_output.data != nullptr)
-    map_rows(all.grad_output, p.grad_output, p.batch, p.heads, p.n_q, p.value_dim, steps);
+    all.grad_output = map_rows(p.grad_output, p.batch, p.heads, p.n_q, p.value_dim, arguments);
+  check_blocks(tasks);
   launch<Kernel>(std::min<std::int64_t>(tasks, multiprocessors()), stream, all);
 }
 

@@ -16,12 +16,17 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 /// From the driver that is there, which need not be linked.
 Encode encode() {
   static const Encode function = [] {
-    constexpr unsigned kFirstVersion = 12000;
+    [[maybe_unused]] constexpr unsigned kFirstVersion = 12000;
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kFirstVersion,
-                                           cudaEnableDefault, &result),
-          "looking for cuTensorMapEncodeTiled");
+    const char* name = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion(name, &found, kFirstVersion, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+    check(error, "looking for cuTensorMapEncodeTiled");
     if (result != cudaDriverEntryPointSuccess)
       throw std::runtime_error("sparse_attn: expected a driver with cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(found);

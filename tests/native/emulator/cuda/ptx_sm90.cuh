@@ -102,8 +102,8 @@ inline void wgmma_wait() {
   int none = 0;
   emulator::execute(emulator::kWgmmaWait, kPending, none);
 }
-template <int kTiles>
-inline void pin(float (&)[kTiles][4]) {}
+template <class Element, int kCount>
+inline void pin(Element (&)[kCount][4]) {}
 
 #define SPARSE_ATTN_WGMMA(TYPE, COLUMNS)                                                    \
   template <Major kMajor>                                                                   \
