@@ -52,7 +52,7 @@ ctest --test-dir build/native --output-on-failure --no-tests=error --parallel "$
 if [[ $slow_checks = *races* ]]; then
   say "Data races of the CUDA kernels, with ThreadSanitizer"
   cmake -S . -B build/races -G Ninja -DSPARSE_ATTN_TORCH=OFF -DSPARSE_ATTN_NATIVE_TESTS=ON \
-    -DSPARSE_ATTN_SANITIZE=THREADS -DSPARSE_ATTN_WERROR=ON -DSPARSE_ATTN_HEAD_SIZES=32 \
+    -DSPARSE_ATTN_SANITIZE=THREADS -DSPARSE_ATTN_WERROR=ON '-DSPARSE_ATTN_HEAD_SIZES=32;64' \
     -DSPARSE_ATTN_TENSOR_CORE_SCALARS=bfloat16 "${isas[@]}" >/dev/null
   cmake --build build/races --parallel "$jobs"
   ctest --test-dir build/races --output-on-failure --no-tests=error

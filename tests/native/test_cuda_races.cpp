@@ -1,6 +1,8 @@
 // Every kernel once, on problems as small as they can be: for the emulator's threads, with which
 // ThreadSanitizer reports a missing barrier as the data race that it is. A wait takes a hundred
 // times as long there.
+#include <cstdlib>
+
 #include "cuda_case.h"
 #include "random_modifiers.h"
 
@@ -17,7 +19,8 @@ void run_case(DataType type, const cuda::Device& device, const Expression& patte
   Case c(random, type, shape, {pattern});
   c.listing = Listing::kAll;
   modify(random, c, kinds);
-  const cuda::Kernels& kernels = cuda::kernels_for({c.type, size, true, true, device});
+  const bool modified = c.modifiers.view().any();
+  const cuda::Kernels& kernels = cuda::kernels_for({c.type, size, true, modified, device});
   check::context = std::string(kernels.path) + ", " + c.to_string();
   c.precision = precision_of(kernels, type);
   const Results results = run(kernels, c);
@@ -29,10 +32,12 @@ void run_case(DataType type, const cuda::Device& device, const Expression& patte
 }  // namespace
 
 int main() {
-  constexpr cuda::Device kTuring{75, 64 * 1024}, kAmpere{80, 163 * 1024};
+  setenv("SPARSE_ATTN_SM90", "1", 1);
+  constexpr cuda::Device kTuring{75, 64 * 1024}, kAmpere{80, 163 * 1024}, kHopper{90, 227 * 1024};
   // Two tiles in pairs, a mask, a gathered key in a slot.
   const Expression pattern = any_of({window(30, 30), global_keys({0, 1})});
   run_case(DataType::kBFloat16, kAmpere, pattern, {90, 90}, 32);
+  run_case(DataType::kBFloat16, kHopper, pattern, {90, 90}, 64);
   run_case(DataType::kFloat32, kTuring, pattern, {70, 70}, 8);
   // Two orders of the tokens, and lists.
   run_case(DataType::kFloat32, kTuring, any_of({window(1, 1), window(2, 2, 9)}), {40, 40}, 8);
