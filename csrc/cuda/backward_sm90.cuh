@@ -68,16 +68,21 @@ class Sm90Backward {
       const bool has_tile = any_lane(work.has_tile(number_));
       if (has_tile) load_own(work);
       while (this->seek()) stream(work);
-      if (!has_tile) return;
-      for (int i = 0; i < 2; ++i, own_place_.next()) shared_.own(number_).release(own_place_);
+      if (!kByRows && has_tile) release_own();
     }
 
     // ---- the own tile -------------------------------------------------------------------------
 
-    /// X and Y stay where they are until the task is done.
+    /// Q and dO go to registers. For K and V beside two sums there are none: these stay where they
+    /// are until the task is done.
     __device__ void load_own(const Work& work) {
       shared_.own(number_).await_full(own_place_);
       shared_.own(number_).await_full(own_place_.following());
+      if constexpr (kByRows) {
+        Products::load_rows(own_x_, own_tile(Operand::kX));
+        Products::load_rows(own_y_, own_tile(Operand::kY));
+        release_own();
+      }
       const std::uint8_t* padding = padding_of(a_.call, work.batch);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -92,6 +97,14 @@ class Sm90Backward {
           counts_[half] = padding == nullptr || padding[t] == 0;
         }
       }
+    }
+
+    __device__ void release_own() {
+      for (int i = 0; i < 2; ++i, own_place_.next()) shared_.own(number_).release(own_place_);
+    }
+
+    __device__ const char* own_tile(Operand which) const {
+      return shared_.own(number_).tile(OwnPlace{which == Operand::kX ? 0 : 1});
     }
 
     __device__ void load_row(std::int64_t number, int half) {
@@ -158,10 +171,14 @@ class Sm90Backward {
       start_product(dp_, Operand::kY, y);
     }
     __device__ void start_product(Logits& d, Operand which, const Place& place) {
-      const char* own = shared_.own(number_).tile(OwnPlace{which == Operand::kX ? 0 : 1});
+      const char* other = shared_.other().tile(place);
       pin(d);
       wgmma_fence();
-      Products::rows_by_rows(d, own, shared_.other().tile(place));
+      if constexpr (kByRows) {
+        Products::rows_by_rows(d, which == Operand::kX ? own_x_ : own_y_, other);
+      } else {
+        Products::rows_by_rows(d, own_tile(which), other);
+      }
       wgmma_commit();
     }
 
@@ -236,6 +253,7 @@ class Sm90Backward {
     }
 
     OwnPlace own_place_;
+    typename Products::Rows own_x_, own_y_;
     Logits s_, dp_;
     typename Products::Operand p_, ds_;
     Sums sum_x_, sum_y_;
