@@ -76,7 +76,7 @@ class TileCopies {
   /// A tile as a box of a map: its class of tokens, and where in it the tile begins.
   struct Box {
     int map = -1;  // -1: it is none
-    int of_class, in_class;
+    int of_class = 0, in_class = 0;
   };
 
   /// Sequences with a map have less than 2^31 tokens.
