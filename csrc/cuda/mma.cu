@@ -1,14 +1,11 @@
 // The tensor-core kernels of one storage type and head size, SPARSE_ATTN_SCALAR and
 // SPARSE_ATTN_HEAD_SIZE, which CMakeLists.txt sets. What is not a product comes from the portable
 // kernels of the type.
+#include "cuda/instance.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/mma_backward.cuh"
 #include "cuda/mma_forward.cuh"
-
-#define SPARSE_ATTN_NAME3(path, scalar, size) path##_##scalar##_##size
-#define SPARSE_ATTN_NAME2(path, scalar, size) SPARSE_ATTN_NAME3(path, scalar, size)
-#define SPARSE_ATTN_NAME(path) SPARSE_ATTN_NAME2(path, SPARSE_ATTN_SCALAR, SPARSE_ATTN_HEAD_SIZE)
 
 namespace sparse_attn::cuda {
 namespace {

@@ -7,12 +7,9 @@
 
 #include "cuda/backward_sm90.cuh"
 #include "cuda/forward_sm90.cuh"
+#include "cuda/instance.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
-
-#define SPARSE_ATTN_NAME3(path, scalar, size) path##_##scalar##_##size
-#define SPARSE_ATTN_NAME2(path, scalar, size) SPARSE_ATTN_NAME3(path, scalar, size)
-#define SPARSE_ATTN_NAME(path) SPARSE_ATTN_NAME2(path, SPARSE_ATTN_SCALAR, SPARSE_ATTN_HEAD_SIZE)
 
 namespace sparse_attn::cuda {
 namespace {
