@@ -60,6 +60,9 @@ TORCH_LIBRARY(sparse_attn, m) {
   m.def("_pattern_allows(int[] pattern, Tensor positions, Tensor keys, int n_k) -> Tensor");
   m.def(("_pattern_cost(" + pattern + ", int[]? tile=None) -> int[]").c_str());
   m.def(("_pattern_plan(" + pattern + ") -> str").c_str());
+  m.def(("_pattern_seen(" + pattern + ") -> (Tensor queries, Tensor keys)").c_str());
+  m.def(("_pattern_global_queries(" + pattern + ") -> Tensor").c_str());
+  m.def(("_pattern_step(" + pattern + ") -> int").c_str());
   m.def("_cuda_archs() -> str[]");
   m.def("_plan_cache_size() -> int");
   m.def("_clear_plan_cache() -> ()");
