@@ -1,0 +1,120 @@
+"""Which rows each rank sends to which, and where those that it receives are put."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_attn.distributed.shards import Needs, Run, runs_of
+
+
+@dataclass(frozen=True)
+class Route:
+    """The rows of one exchange, as one rank sees it.
+
+    Attributes:
+        what: What is exchanged, for messages.
+        sent: For each rank the rows of our tensors that it gets, ascending.
+        received: For each rank the rows of the result that it fills, ascending.
+        length: Rows of the result; those that nobody fills are 0.
+        tokens: For each rank the tokens that come from it, for messages.
+    """
+
+    what: str
+    sent: tuple[Tensor, ...]
+    received: tuple[Tensor, ...]
+    length: int
+    tokens: tuple[Tensor, ...]
+
+    def on(self, device: torch.device) -> Route:
+        """The same with its rows on a device."""
+        sent, received = (
+            tuple(rows.to(device) for rows in lists) for lists in (self.sent, self.received)
+        )
+        return Route(self.what, sent, received, self.length, self.tokens)
+
+    def named(self, rank: int) -> str:
+        """What comes from a rank."""
+        runs = [f"{a}..{b - 1}" for a, b in runs_of(self.tokens[rank])]
+        more = f" and {len(runs) - 3} more runs" if len(runs) > 3 else ""
+        return f"{self.what} of tokens {', '.join(runs[:3])}{more} from rank {rank}"
+
+
+@dataclass(frozen=True)
+class KeyBuffer:
+    """Where received keys stand: runs (place, start, stop), in `length` places."""
+
+    runs: tuple[tuple[int, int, int], ...]
+    length: int
+
+
+def lay_keys(tokens: Tensor, queries: Run, sizes: tuple[int, int], step: int) -> KeyBuffer:
+    """One key after the other, with gaps that keep residue classes modulo `step` together: there a
+    dilated window costs what the undilated one does.
+    """
+    runs = runs_of(tokens)
+    n_q, n_k = sizes
+    start, stop = queries
+    place, laid = 0, []
+    for begin, end in runs:
+        place += (begin - place - runs[0][0]) % step
+        laid.append((place, begin, end))
+        place += end - begin
+    if runs:
+        place += (start + n_k - n_q + stop - start - runs[0][0] - place) % step
+    if place > 2 * len(tokens) + 64:
+        return lay_keys(tokens, queries, sizes, 1)
+    return KeyBuffer(tuple(laid), place)
+
+
+def places_of(buffer: KeyBuffer, tokens: Tensor) -> Tensor:
+    """The places of tokens that are in the buffer."""
+    if not buffer.runs:
+        return tokens[:0]
+    place, begin, _ = torch.tensor(buffer.runs).T.contiguous()
+    run = torch.searchsorted(begin, tokens, right=True) - 1
+    return tokens - begin[run] + place[run]
+
+
+def key_route(needs: Needs, rank: int) -> tuple[Route, KeyBuffer]:
+    """Keys and values that a rank sends and receives."""
+    shards, mine = needs.shards, needs.keys[rank]
+    start, _ = shards.key_run(rank)
+    query_run = shards.query_run(rank)
+    buffer = lay_keys(torch.cat(mine), query_run, shards.sizes, needs.step)
+    sent = tuple(needs.keys[other][rank] - start for other in range(shards.ranks))
+    received = tuple(places_of(buffer, tokens) for tokens in mine)
+    return Route("keys and values", sent, received, buffer.length, mine), buffer
+
+
+def query_route(needs: Needs, rank: int) -> Route:
+    """Global queries that a rank sends to the keys, and those that come to its own."""
+    others = range(needs.shards.ranks)
+    start, _ = needs.shards.query_run(rank)
+    sent = tuple(needs.queries[rank][other] - start for other in others)
+    coming = tuple(needs.queries[other][rank] for other in others)
+    return Route("global queries", sent, _one_after_the_other(coming), _total(coming), coming)
+
+
+def result_route(needs: Needs, rank: int) -> Route:
+    """What a rank found for the queries of others, and what others found for its own."""
+    others = range(needs.shards.ranks)
+    computed = tuple(needs.queries[other][rank] for other in others)
+    coming = tuple(needs.queries[rank][other] for other in others)
+    return Route(
+        "results of global queries",
+        _one_after_the_other(computed),
+        _one_after_the_other(coming),
+        _total(coming),
+        coming,
+    )
+
+
+def _total(lists: tuple[Tensor, ...]) -> int:
+    return sum(len(one) for one in lists)
+
+
+def _one_after_the_other(lists: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return torch.arange(_total(lists)).split([len(one) for one in lists])
