@@ -13,6 +13,9 @@ namespace {
 
 constexpr std::int64_t kTile = 64;
 
+/// Lists of a plan hold tokens in 32 bits.
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 31;
+
 class Numbers {
  public:
   explicit Numbers(const std::vector<std::int64_t>& values) : next_(values.data()) {}
@@ -26,12 +29,18 @@ void check_run(const TokenRuns& before, const TokenRun& run, std::int64_t length
   const bool follows = before.empty() || (before.back().place + before.back().count <= run.place &&
                                           before.back().token + before.back().count <= run.token);
   if (run.count > 0 && run.place >= 0 && run.token >= 0 && follows &&
-      run.token + run.count <= length) {
+      run.token + run.count <= length && run.place <= kMostTokens) {
     return;
   }
   throw std::invalid_argument("expected the tokens of a part as ascending runs from 0 to " +
                               std::to_string(length) + ", got (" + std::to_string(run.token) +
                               ", " + std::to_string(run.token + run.count) + ")");
+}
+
+void check_length(std::int64_t n) {
+  if (0 <= n && n <= kMostTokens) return;
+  throw std::invalid_argument("expected the lengths of a sequence from 0 to " +
+                              std::to_string(kMostTokens) + ", got " + std::to_string(n));
 }
 
 /// The last run that begins at or before `place`, by `number` of a run.
@@ -302,6 +311,8 @@ Part::Part(const Expression& e) {
   Numbers numbers(e.values);
   whole.n_q = numbers.take();
   whole.n_k = numbers.take();
+  check_length(whole.n_q);
+  check_length(whole.n_k);
   std::int64_t place = 0;
   for (std::int64_t runs = numbers.take(); runs > 0; --runs) {
     const std::int64_t start = numbers.take(), stop = numbers.take();
@@ -316,8 +327,12 @@ Part::Part(const Expression& e) {
     check_run(keys, run, whole.n_k);
     keys.push_back(run);
   }
+  TokenRuns unseeing;
   for (std::int64_t runs = numbers.take(); runs > 0; --runs) {
     const std::int64_t start = numbers.take(), stop = numbers.take();
+    const TokenRun run{start, start, stop - start};
+    check_run(unseeing, run, whole.n_q);
+    unseeing.push_back(run);
     for (std::int64_t query = start; query < stop; ++query) blind.push_back(query);
   }
 }
