@@ -10,24 +10,40 @@ namespace {
 
 class Marker {
  public:
-  Marker(const Plan& plan, const Pass& pass, Seen& seen) : plan_(plan), pass_(pass), seen_(seen) {}
+  Marker(const Plan& plan, const Pass& pass, Seen& seen)
+      : plan_(plan), pass_(pass), seen_(seen), whole_(pass.key_tiles.size()) {}
 
   void add(const RowTile& row) {
     std::uint64_t rows = 0;  // that see something
     for (std::uint32_t r = row.first_run; r < row.end_run; ++r) {
       const Run& run = pass_.runs[r];
-      for (std::int32_t t = run.key_tile; t < run.key_tile + run.count; ++t)
-        rows |= add(pass_.key_tiles[static_cast<std::size_t>(t)], run.mask, row.owned);
+      if (run.mask == kFull) {
+        add_whole(run);
+        rows |= row.owned;
+      } else {
+        const auto keys = static_cast<std::size_t>(run.key_tile);
+        rows |= add_masked(pass_.key_tiles[keys], run.mask, row.owned);
+      }
     }
     mark(row.rows, rows, seen_.queries);
   }
 
  private:
+  /// Most tiles of a dense pattern are marked by the first row already.
+  void add_whole(const Run& run) {
+    for (std::int32_t t = run.key_tile; t < run.key_tile + run.count; ++t) {
+      const auto tile = static_cast<std::size_t>(t);
+      if (whole_[tile]) continue;
+      whole_[tile] = 1;
+      mark(pass_.key_tiles[tile], ~std::uint64_t{0}, seen_.keys);
+    }
+  }
+
   /// Of one tile the keys that `owned` rows see; returns which of these see one.
-  std::uint64_t add(const Tile& keys, std::int32_t mask, std::uint64_t owned) {
+  std::uint64_t add_masked(const Tile& keys, std::int32_t mask, std::uint64_t owned) {
     std::uint64_t seen = 0, rows = 0;
     for (std::int32_t k = 0; k < keys.count; ++k) {
-      const std::uint64_t bits = owned & (mask == kFull ? ~std::uint64_t{0} : word(mask, k));
+      const std::uint64_t bits = owned & word(mask, k);
       seen |= static_cast<std::uint64_t>(bits != 0) << k;
       rows |= bits;
     }
@@ -49,6 +65,7 @@ class Marker {
   const Plan& plan_;
   const Pass& pass_;
   Seen& seen_;
+  std::vector<std::uint8_t> whole_;  // by key tile: all of it is marked
 };
 
 }  // namespace

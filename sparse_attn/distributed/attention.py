@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from sparse_attn._library import ops
 from sparse_attn.distributed.agreement import agree, in_words
@@ -26,6 +24,9 @@ from sparse_attn.distributed.shards import (
 from sparse_attn.merging import merge
 from sparse_attn.patterns import Pattern, check_pattern
 from sparse_attn.tables import DENSE, SLOTS, BlockBias, SlotBias, encode_table
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def context_parallel_attention(
@@ -280,6 +281,13 @@ def _routed_share(query: Tensor, key: Tensor, tables: dict[str, tuple[Any, int]]
 
 
 def _group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            "sparse_attn: expected an initialized process group, got none: call "
+            "torch.distributed.init_process_group first"
+        )
+    from torch.distributed.device_mesh import DeviceMesh  # not there without torch.distributed
+
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
@@ -287,11 +295,6 @@ def _group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
                 f"mesh['cp'], got one of {group.ndim}"
             )
         group = group.get_group()
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(
-            "sparse_attn: expected an initialized process group, got none: call "
-            "torch.distributed.init_process_group first"
-        )
     if group is None:
         return dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
@@ -318,7 +321,7 @@ def _check_tensors(**arguments: object) -> None:
     for name, argument in arguments.items():
         if argument is None and name not in ("query", "key", "value"):
             continue
-        if isinstance(argument, DTensor):
+        if hasattr(argument, "to_local"):
             raise TypeError(
                 f"sparse_attn: expected {name} to be the rank's own shard, got a DTensor: pass "
                 f"{name}.to_local(), sharded along the sequence"
