@@ -174,8 +174,12 @@ std::int64_t first_query(const CallOptions& a, const Expression& pattern) {
   const Expression& one = head_patterns(pattern)[0];
   if (one.word != Word::kPart) return 0;
   const TokenRuns queries = with_value_errors([&] { return Part(one).queries; });
-  const bool by_rows = (a.bias && (a.bias_kind == kDenseKind || a.bias->size(2) > 1)) ||
-                       (a.gate && (a.gate_kind == kDenseKind || a.gate->size(2) > 1));
+  const auto has_rows = [](const TableArgument& table) {
+    return table.tensor &&
+           (table.kind == kDenseKind || (table.kind == kSlotsKind && table.tensor->size(2) > 1));
+  };
+  const auto tables = tables_of(a);
+  const bool by_rows = std::any_of(tables.begin(), tables.end(), has_rows);
   TORCH_CHECK_NOT_IMPLEMENTED(!by_rows || queries.size() <= 1,
                               "sparse_attn: expected tables without a row for each query with "
                               "queries that are not consecutive, got one");

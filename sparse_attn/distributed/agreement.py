@@ -1,5 +1,4 @@
-"""Whether all ranks make the same call: a checksum that they exchange, and what differs if it does.
-"""
+"""Whether all ranks make the same call: a checksum that they exchange, and what differs if not."""
 
 from __future__ import annotations
 

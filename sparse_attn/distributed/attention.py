@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_attn._library import ops
 from sparse_attn.distributed.agreement import agree, in_words
-from sparse_attn.distributed.exchange import Chain, Exchange
+from sparse_attn.distributed.exchange import Chain, Exchange, named_error
 from sparse_attn.distributed.routes import Route, key_route, query_route, result_route
 from sparse_attn.distributed.shards import (
     Needs,
@@ -228,8 +228,7 @@ class _Call:
     def _send_padding(self, keys: Route, padding: Tensor | None) -> Exchange | None:
         if padding is None:
             return None
-        route = Route("key padding", keys.sent, keys.received, keys.length, keys.tokens)
-        exchange = Exchange(route, self.group, _PADDING)
+        exchange = Exchange(replace(keys, what="key padding"), self.group, _PADDING)
         exchange.send([padding.to(torch.uint8)[:, None, :, None]])
         return exchange
 
@@ -265,7 +264,8 @@ def _gather_mask(mask: Tensor, lengths: Sequence[int], group: dist.ProcessGroup)
     room = mask.new_zeros(mask.shape[0], max(lengths), dtype=torch.uint8)
     room[:, : mask.shape[1]] = mask
     parts = [torch.empty_like(room) for _ in lengths]
-    dist.all_gather(parts, room, group=group)
+    with named_error("the global masks of all ranks"):
+        dist.all_gather(parts, room, group=group)
     held = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
     return torch.cat(held, 1).to(torch.bool)
 
@@ -311,8 +311,8 @@ def _lengths(
     pairs = tuple((n, n) if isinstance(n, int) else tuple(map(int, n)) for n in lengths)
     if len(pairs) != ranks or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
         raise ValueError(
-            f"sparse_attn: expected lengths to be an int or (queries, keys) for each of the {ranks} "
-            f"ranks, got {lengths!r}"
+            "sparse_attn: expected lengths to be an int or (queries, keys) for each of the "
+            f"{ranks} ranks, got {lengths!r}"
         )
     return pairs
 

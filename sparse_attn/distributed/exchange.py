@@ -123,10 +123,8 @@ class Exchange:
 
     def _name(self, rank: int, sends: bool, tag: int) -> str:
         backward = tag != self._tag
-        if sends != backward:
-            of = f"{self.route.what} for rank {rank}"
-        else:
-            of = self.route.named(rank)
+        goes_out = sends != backward  # gradients go the way back
+        of = self.route.named(rank, goes_out=goes_out)
         return f"gradients of {of}" if backward else of
 
     def _count(self, outgoing: list[list[Tensor]], direction: str) -> None:
@@ -219,7 +217,9 @@ class _Receive(torch.autograd.Function):
         wanted = [g for g, need in zip(gradients, needed, strict=True) if need]
         if wanted:
             ctx.exchange.send_back(wanted)
-        empty = (g.new_zeros(0) if need else None for g, need in zip(gradients, needed, strict=True))
+        empty = (
+            g.new_zeros(0) if need else None for g, need in zip(gradients, needed, strict=True)
+        )
         return None, grad_token, *empty
 
 

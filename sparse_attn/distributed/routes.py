@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ class Route:
         received: For each rank the rows of the result that it fills, ascending.
         length: Rows of the result; those that nobody fills are 0.
         tokens: For each rank the tokens that come from it, for messages.
+        sent_tokens: For each rank those that go to it.
     """
 
     what: str
@@ -27,19 +29,22 @@ class Route:
     received: tuple[Tensor, ...]
     length: int
     tokens: tuple[Tensor, ...]
+    sent_tokens: tuple[Tensor, ...]
 
     def on(self, device: torch.device) -> Route:
         """The same with its rows on a device."""
         sent, received = (
             tuple(rows.to(device) for rows in lists) for lists in (self.sent, self.received)
         )
-        return Route(self.what, sent, received, self.length, self.tokens)
+        return dataclasses.replace(self, sent=sent, received=received)
 
-    def named(self, rank: int) -> str:
-        """What comes from a rank."""
-        runs = [f"{a}..{b - 1}" for a, b in runs_of(self.tokens[rank])]
+    def named(self, rank: int, *, goes_out: bool) -> str:
+        """What comes from a rank, or goes to it."""
+        tokens = (self.sent_tokens if goes_out else self.tokens)[rank]
+        runs = [f"{a}..{b - 1}" for a, b in runs_of(tokens)]
         more = f" and {len(runs) - 3} more runs" if len(runs) > 3 else ""
-        return f"{self.what} of tokens {', '.join(runs[:3])}{more} from rank {rank}"
+        way = "for" if goes_out else "from"
+        return f"{self.what} of tokens {', '.join(runs[:3])}{more} {way} rank {rank}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,15 @@ def key_route(needs: Needs, rank: int) -> tuple[Route, KeyBuffer]:
     buffer = lay_keys(torch.cat(mine), query_run, shards.sizes, needs.step)
     sent = tuple(needs.keys[other][rank] - start for other in range(shards.ranks))
     received = tuple(places_of(buffer, tokens) for tokens in mine)
-    return Route("keys and values", sent, received, buffer.length, mine), buffer
+    route = Route(
+        "keys and values",
+        sent,
+        received,
+        buffer.length,
+        mine,
+        tuple(of_rank[rank] for of_rank in needs.keys),
+    )
+    return route, buffer
 
 
 def query_route(needs: Needs, rank: int) -> Route:
@@ -95,7 +108,9 @@ def query_route(needs: Needs, rank: int) -> Route:
     start, _ = needs.shards.query_run(rank)
     sent = tuple(needs.queries[rank][other] - start for other in others)
     coming = tuple(needs.queries[other][rank] for other in others)
-    return Route("global queries", sent, _one_after_the_other(coming), _total(coming), coming)
+    received = _one_after_the_other(coming)
+    going = needs.queries[rank]
+    return Route("global queries", sent, received, _total(coming), coming, going)
 
 
 def result_route(needs: Needs, rank: int) -> Route:
@@ -109,6 +124,7 @@ def result_route(needs: Needs, rank: int) -> Route:
         _one_after_the_other(coming),
         _total(coming),
         coming,
+        computed,
     )
 
 
