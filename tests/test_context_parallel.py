@@ -6,8 +6,10 @@ there.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
+import os
 from typing import Any, NamedTuple
 
 import cases
@@ -18,11 +20,13 @@ import torch.distributed as dist
 from ranks import JobError, Pool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sparse_attn
 from sparse_attn import BlockBias, Global, LongformerSelfAttention, MultiheadAttention, Window
 from sparse_attn.distributed import context_parallel_attention, count_traffic
+from sparse_attn.distributed.exchange import Exchange
 
 pytestmark = pytest.mark.skipif(
     cases.DEVICE.type != "cpu" or not dist.is_gloo_available(), reason="the ranks talk by gloo"
@@ -325,6 +329,55 @@ def test_windows_send_their_halos():
         Window(3).communication([2, 5], 3)
 
 
+class Recorder(TorchDispatchMode):
+    """Notes calls of the op and of its backward by the length of their keys."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = str(function)
+        if name.startswith(("sparse_attn.attention.", "sparse_attn.attention_backward.")):
+            at_key = 3 if "backward" in name else 1
+            self.events.append(f"{name.split('.')[1]} of {arguments[at_key].shape[2]} keys")
+        return function(*arguments, **(options or {}))
+
+
+def on_ranks_order(group: dist.ProcessGroup) -> list[str]:
+    events: list[str] = []
+    names = ("send", "receive", "send_back", "receive_back")
+    steps = {name: getattr(Exchange, name) for name in names}
+
+    def noted(name):
+        return lambda *arguments: (events.append(name), steps[name](*arguments))[1]
+
+    for name in steps:
+        setattr(Exchange, name, noted(name))
+    try:
+        x = torch.randn(1, 2, 20, 8, requires_grad=True)
+        with Recorder(events):
+            context_parallel_attention(x, x, x, Window(5), group).sum().backward()
+    finally:
+        for name, step in steps.items():
+            setattr(Exchange, name, step)
+    return events
+
+
+def test_messages_travel_while_own_keys_are_attended(pool):
+    for events in pool.run(2, on_ranks_order):
+        assert events == [
+            "send",
+            "attention of 20 keys",
+            "receive",
+            "attention of 5 keys",
+            "attention_backward of 5 keys",
+            "send_back",
+            "attention_backward of 20 keys",
+            "receive_back",
+        ]
+
+
 # ---- models -------------------------------------------------------------------------------------
 
 
@@ -520,6 +573,39 @@ def test_wrong_arguments(pool):
     for messages in pool.run(2, on_ranks_wrong_arguments):
         for message, start in zip(messages, expected, strict=True):
             assert message.startswith(start)
+
+
+def _fail_on_the_second_rank(rank: int, path: str, pipe: Any) -> None:
+    store = dist.FileStore(path, 2)
+    timeout = datetime.timedelta(seconds=20)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    x = torch.randn(1, 2, 10, 8)
+    context_parallel_attention(x, x, x, Window(3), lengths=[10, 10])
+    if rank == 1:
+        os._exit(1)
+    try:
+        context_parallel_attention(x, x, x, Window(3), lengths=[10, 10])
+    except RuntimeError as error:
+        pipe.send(str(error))
+
+
+def test_failed_rank(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    pair = [
+        context.Process(
+            target=_fail_on_the_second_rank, args=(rank, str(tmp_path / "store"), there)
+        )
+        for rank in range(2)
+    ]
+    for process in pair:
+        process.start()
+    assert here.poll(60)
+    message = here.recv()
+    assert "expected keys and values of tokens" in message
+    assert "rank 1, got an error of torch.distributed" in message
+    for process in pair:
+        process.join(20)
 
 
 def test_without_a_group():

@@ -27,6 +27,9 @@ class Agreement:
     seed: Tensor
 
 
+#: So many calls are remembered: masks made at run time are another call every time.
+_MOST_COMPARED = 1024
+
 #: The calls that the ranks of a group have compared.
 _compared: weakref.WeakKeyDictionary[dist.ProcessGroup, set[str]] = weakref.WeakKeyDictionary()
 
@@ -61,6 +64,8 @@ def agree(
             "sparse_attn: expected lengths to be those of the ranks' shards, (queries, keys) "
             f"{list(found)}, got {list(lengths)}"
         )
+    if len(known) >= _MOST_COMPARED:  # on all ranks in the same call
+        known.clear()
     known.add(text)
     return Agreement(_shards(found), rows[0, 3])
 

@@ -144,7 +144,7 @@ def context_parallel_attention(
     expression = pattern
     if whole_mask is not None:
         expression = with_global_tokens(pattern, whole_mask.any(0).nonzero().flatten().tolist())
-    needs = find_needs(expression, shards, _routed_share(query, key, tables))
+    needs = find_needs(expression, shards, _routed_share(query, key, tables), rank)
     call = _Call(
         pattern,
         needs,

@@ -96,7 +96,7 @@ def _counted(needs: Needs, rows: Rows) -> Communication:
     of_ranks = range(needs.shards.ranks)
 
     def keys(source: int, to: int) -> int:
-        return len(needs.keys[to][source]) * rows.key
+        return needs.key_counts[to][source] * rows.key
 
     def queries(source: int, to: int) -> int:
         return len(needs.queries[source][to]) * rows.query
@@ -120,7 +120,7 @@ def _counted(needs: Needs, rows: Rows) -> Communication:
         # Gradients go the way back.
         sent_backward=received,
         received_backward=sent,
-        keys=total(lambda rank, other: len(needs.keys[rank][other])),
+        keys=tuple(map(sum, needs.key_counts)),
         queries=total(lambda rank, other: len(needs.queries[other][rank])),
         all_keys=needs.all_keys,
         all_gather=others * rows.key,

@@ -175,7 +175,7 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        return torch.zeros(())
+        return torch.zeros((), device=tensors[0].device)  # autograd has a queue for each device
 
     @staticmethod
     def backward(ctx: Any, grad_token: Tensor) -> tuple[None, ...]:
@@ -228,11 +228,12 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, *results: Tensor):
+        ctx.device = token.device
         return tuple(result.view_as(result) for result in results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
-        return torch.zeros(()), *gradients
+        return torch.zeros((), device=ctx.device), *gradients
 
 
 class Chain:

@@ -50,7 +50,9 @@ class Needs:
 
     Attributes:
         shards: The lengths.
-        keys: keys[r][s] are the tokens of rank s whose keys rank r needs, ascending.
+        keys: keys[r][s] are the tokens of rank s whose keys rank r needs, ascending, where one of
+            them is the rank that asks; there may be as many as tokens times ranks.
+        key_counts: How many they are, for all pairs of ranks.
         queries: queries[r][s] are the queries of rank r that rank s computes over its own keys,
             because they see (nearly) all of them.
         blind: Those queries of each rank, which no keys are sent for.
@@ -59,6 +61,7 @@ class Needs:
 
     shards: Shards
     keys: tuple[tuple[Tensor, ...], ...]
+    key_counts: tuple[tuple[int, ...], ...]
     queries: tuple[tuple[Tensor, ...], ...]
     blind: tuple[Tensor, ...]
     step: int
@@ -67,7 +70,7 @@ class Needs:
     def all_keys(self) -> bool:
         """Whether some rank needs every key of the others: an all-gather."""
         _, n_k = self.shards.sizes
-        received = (sum(len(part) for part in of_rank) for of_rank in self.keys)
+        received = map(sum, self.key_counts)
         others = (n_k - own for own in self.shards.keys)
         return any(got == rest > 0 for got, rest in zip(received, others, strict=True))
 
@@ -109,7 +112,9 @@ def with_global_tokens(pattern: Pattern, tokens: Sequence[int]) -> Pattern:
     return both & Causal() if pattern.causal else both
 
 
-def find_needs(pattern: Pattern, shards: Shards, routed_share: float) -> Needs:
+def find_needs(
+    pattern: Pattern, shards: Shards, routed_share: float, rank: int | None = None
+) -> Needs:
     """What the ranks need of each other.
 
     Args:
@@ -117,13 +122,13 @@ def find_needs(pattern: Pattern, shards: Shards, routed_share: float) -> Needs:
         shards: The lengths.
         routed_share: Global queries go to the keys, instead of the keys to them, if they are at
             most so many for each key.
+        rank: Who asks; None wants the counts alone.
     """
-    if pattern.tensors(*shards.sizes):
-        return _find_needs(pattern, shards, routed_share)
-    return _cached_needs(pattern, shards, routed_share)
+    find = _find_needs if pattern.tensors(*shards.sizes) else _cached_needs
+    return find(pattern, shards, routed_share, rank)
 
 
-def _find_needs(pattern: Pattern, shards: Shards, routed_share: float) -> Needs:
+def _find_needs(pattern: Pattern, shards: Shards, routed_share: float, rank: int | None) -> Needs:
     n_q, n_k = shards.sizes
     call = (pattern.encode(), pattern.tensors(n_q, n_k), n_q, n_k)
     routed = ops._pattern_global_queries(*call)
@@ -131,9 +136,15 @@ def _find_needs(pattern: Pattern, shards: Shards, routed_share: float) -> Needs:
         routed = routed[:0]
     blind = tuple(_within(routed, shards.query_run(r)) for r in range(shards.ranks))
     of_ranks = range(shards.ranks)
+    keys, counts = [], []
+    for r in of_ranks:
+        tokens = _keys_for(pattern, shards, r, blind[r])
+        counts.append(tuple(map(len, tokens)))
+        keys.append(tuple(t if rank in (r, s) else t[:0].clone() for s, t in enumerate(tokens)))
     return Needs(
         shards=shards,
-        keys=tuple(_keys_for(pattern, shards, r, blind[r]) for r in of_ranks),
+        keys=tuple(keys),
+        key_counts=tuple(counts),
         queries=tuple(
             tuple(_queries_for(pattern, shards, blind[r], r, s) for s in of_ranks) for r in of_ranks
         ),
