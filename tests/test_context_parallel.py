@@ -27,6 +27,8 @@ import sparse_attn
 from sparse_attn import BlockBias, Global, LongformerSelfAttention, MultiheadAttention, Window
 from sparse_attn.distributed import context_parallel_attention, count_traffic
 from sparse_attn.distributed.exchange import Exchange
+from sparse_attn.distributed.routes import key_route
+from sparse_attn.distributed.shards import Shards, find_needs, part_words
 
 pytestmark = pytest.mark.skipif(
     cases.DEVICE.type != "cpu" or not dist.is_gloo_available(), reason="the ranks talk by gloo"
@@ -238,6 +240,16 @@ CASES = {
     "wide_halo": Case("Window(200) | Global([3])", _shape(399, heads=1)),
     "wide_dilated": Case("Window(40, dilation=7)", _shape(999, heads=1)),
     "dilation_of_a_shard": Case("Window(8, dilation=64)", _shape(1025, heads=1)),
+    "narrow": Case("Window(3)", _shape(203), padded=True),
+    "narrow_dilated": Case("Window(3, 2, dilation=3)", _shape(203), dropout=True),
+    "narrow_tables": Case(
+        "Window(3, dilation=2)",
+        _shape(203),
+        tables={"bias": "normal(heads, 7)", "gate": "normal(heads, n_q, 7)"},
+        rows=("gate",),
+        dropout=True,
+    ),
+    "narrow_global_queries": Case("Window(3, dilation=2) | GlobalQueries([0, 99])", _shape(203)),
     "three_tokens": Case("Window(1)", _shape(3)),
     "one_token": Case("Window(1) | Global([0])", _shape(1)),
     "many_global_queries": Case("GlobalQueries(list(range(0, 67, 2)))"),
@@ -376,6 +388,20 @@ def test_messages_travel_while_own_keys_are_attended(pool):
             "attention_backward of 20 keys",
             "receive_back",
         ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_dilated_halos_keep_their_order(ranks):
+    """A far call of a dilated window runs by residue classes, as the whole one does."""
+    pattern, n = Window(20, 10, dilation=7), 1009
+    shards = Shards(*[tuple(n // ranks + (r < n % ranks) for r in range(ranks))] * 2)
+    for rank in range(ranks):
+        needs = find_needs(pattern, shards, 0.5, rank)
+        _, buffer = key_route(needs, rank, needs.far)
+        words = part_words(pattern, shards.sizes, needs.far, buffer.runs)
+        rows = sum(stop - start for start, stop in needs.far)
+        plan = torch.ops.sparse_attn._pattern_plan(words, [], rows, buffer.length)
+        assert "pass in steps of 7" in plan
 
 
 # ---- models -------------------------------------------------------------------------------------

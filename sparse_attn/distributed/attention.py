@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from sparse_attn.distributed.exchange import Chain, Exchange, named_error
 from sparse_attn.distributed.routes import Route, key_route, query_route, result_route
 from sparse_attn.distributed.shards import (
     Needs,
+    Run,
     find_needs,
     part_words,
     runs_of,
@@ -144,7 +146,9 @@ def context_parallel_attention(
     expression = pattern
     if whole_mask is not None:
         expression = with_global_tokens(pattern, whole_mask.any(0).nonzero().flatten().tolist())
-    needs = find_needs(expression, shards, _routed_share(query, key, tables), rank)
+    row_tables = any(_has_rows(table, kind) for table, kind in tables.values())
+    routed_share = 0.0 if row_tables else _routed_share(query, key)
+    needs = find_needs(expression, shards, routed_share, rank)
     call = _Call(
         pattern,
         needs,
@@ -157,6 +161,7 @@ def context_parallel_attention(
             "global_mask": whole_mask,
             "dropout_seed": dropout_seed,
         },
+        row_tables,
     )
     output, lse = call.run(query, key, value, key_padding_mask)
     if sink is not None:
@@ -174,18 +179,20 @@ class _Call:
     rank: int
     group: dist.ProcessGroup
     options: dict[str, Any]
+    row_tables: bool  # there is a bias or a gate with a row for each query
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of the rank's queries."""
         needs, device = self.needs, query.device
-        route, buffer = key_route(needs, self.rank)
+        own_queries = [needs.shards.query_run(self.rank)]
+        far_queries = own_queries if self.row_tables and needs.far else needs.far
+        route, buffer = key_route(needs, self.rank, far_queries)
         keys = route.on(device)
         queries = query_route(needs, self.rank).on(device)
         results = result_route(needs, self.rank).on(device)
         routes_queries = any(len(part) for of_rank in needs.queries for part in of_rank)
-        own_queries = [needs.shards.query_run(self.rank)]
         start, stop = needs.shards.key_run(self.rank)
         own_keys = [(0, start, stop)]
 
@@ -203,10 +210,20 @@ class _Call:
         far_padding = _receive_padding(padding_under_way)
         if buffer.length > 0:
             blind = runs_of(needs.blind[self.rank])
-            far = self._attend(
-                own_queries, buffer.runs, query, far_key, far_value, far_padding, blind
+            attend_far = functools.partial(
+                self._attend,
+                far_queries,
+                buffer.runs,
+                key=far_key,
+                value=far_value,
+                padding=far_padding,
+                blind=blind,
             )
-            own = merge(*own, *far)
+            if tuple(far_queries) == tuple(own_queries):
+                own = merge(*own, *attend_far(query=query))
+            else:
+                rows = _rows_of(far_queries, own_queries[0][0], device)
+                own = _merge_into(own, rows, *attend_far(query=query.index_select(2, rows)))
         if queries_under_way:
             own = _merge_rows(own, chain.receive(results_under_way), results, queries)
         return chain.end(*own)
@@ -252,11 +269,22 @@ def _merge_rows(
     for rows, places in zip(queries.sent, results.received, strict=True):
         if len(rows) == 0:
             continue
-        part = [tensor.index_select(2, places) for tensor in found]
-        here = [tensor.index_select(2, rows) for tensor in own]
-        joined = merge(*here, part[0], part[1][..., 0])
-        own = tuple(t.index_copy(2, rows, j) for t, j in zip(own, joined, strict=True))
+        output, lse = (tensor.index_select(2, places) for tensor in found)
+        own = _merge_into(own, rows, output, lse[..., 0])
     return own
+
+
+def _merge_into(
+    own: tuple[Tensor, Tensor], rows: Tensor, output: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Joins what was found for some rows with all of them."""
+    joined = merge(*(tensor.index_select(2, rows) for tensor in own), output, lse)
+    return tuple(t.index_copy(2, rows, j) for t, j in zip(own, joined, strict=True))
+
+
+def _rows_of(queries: Sequence[Run], start: int, device: torch.device) -> Tensor:
+    """Queries of the whole as rows of a shard."""
+    return torch.cat([torch.arange(a - start, b - start, device=device) for a, b in queries])
 
 
 def _gather_mask(mask: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -270,13 +298,15 @@ def _gather_mask(mask: Tensor, lengths: Sequence[int], group: dist.ProcessGroup)
     return torch.cat(held, 1).to(torch.bool)
 
 
-def _routed_share(query: Tensor, key: Tensor, tables: dict[str, tuple[Any, int]]) -> float:
+def _has_rows(table: Tensor | None, kind: int) -> bool:
+    """Whether it has a row for each query, which stays where the query is."""
+    return table is not None and (kind == DENSE or (kind == SLOTS and table.shape[2] > 1))
+
+
+def _routed_share(query: Tensor, key: Tensor) -> float:
     """Up to which share of the keys global queries are sent to the keys: there and back they are
-    as much as the keys. Tables with a row for each query stay where it is.
+    as much as the keys.
     """
-    for table, kind in tables.values():
-        if table is not None and (kind == DENSE or (kind == SLOTS and table.shape[2] > 1)):
-            return 0.0
     return key.shape[1] / (2 * query.shape[1]) if query.shape[1] else 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,20 +56,22 @@ class KeyBuffer:
     length: int
 
 
-def lay_keys(tokens: Tensor, queries: Run, sizes: tuple[int, int], step: int) -> KeyBuffer:
+def lay_keys(
+    tokens: Tensor, queries: Sequence[Run], sizes: tuple[int, int], step: int
+) -> KeyBuffer:
     """One key after the other, with gaps that keep residue classes modulo `step` together: there a
     dilated window costs what the undilated one does.
     """
     runs = runs_of(tokens)
     n_q, n_k = sizes
-    start, stop = queries
+    rows = sum(stop - start for start, stop in queries)
     place, laid = 0, []
     for begin, end in runs:
         place += (begin - place - runs[0][0]) % step
         laid.append((place, begin, end))
         place += end - begin
     if runs:
-        place += (start + n_k - n_q + stop - start - runs[0][0] - place) % step
+        place += (queries[0][0] + n_k - n_q + rows - runs[0][0] - place) % step
     if place > 2 * len(tokens) + 64:
         return lay_keys(tokens, queries, sizes, 1)
     return KeyBuffer(tuple(laid), place)
@@ -83,12 +86,11 @@ def places_of(buffer: KeyBuffer, tokens: Tensor) -> Tensor:
     return tokens - begin[run] + place[run]
 
 
-def key_route(needs: Needs, rank: int) -> tuple[Route, KeyBuffer]:
-    """Keys and values that a rank sends and receives."""
+def key_route(needs: Needs, rank: int, queries: Sequence[Run]) -> tuple[Route, KeyBuffer]:
+    """Keys and values that a rank sends, and that it receives for some queries."""
     shards, mine = needs.shards, needs.keys[rank]
     start, _ = shards.key_run(rank)
-    query_run = shards.query_run(rank)
-    buffer = lay_keys(torch.cat(mine), query_run, shards.sizes, needs.step)
+    buffer = lay_keys(torch.cat(mine), queries, shards.sizes, needs.step)
     sent = tuple(needs.keys[other][rank] - start for other in range(shards.ranks))
     received = tuple(places_of(buffer, tokens) for tokens in mine)
     route = Route(

@@ -57,6 +57,8 @@ class Needs:
             because they see (nearly) all of them.
         blind: Those queries of each rank, which no keys are sent for.
         step: What all dilations of the pattern divide.
+        far: The queries of the rank that asks that see keys of others. Gaps are multiples of the
+            step, which keeps residue classes together.
     """
 
     shards: Shards
@@ -65,6 +67,7 @@ class Needs:
     queries: tuple[tuple[Tensor, ...], ...]
     blind: tuple[Tensor, ...]
     step: int
+    far: tuple[Run, ...]
 
     @property
     def all_keys(self) -> bool:
@@ -136,6 +139,7 @@ def _find_needs(pattern: Pattern, shards: Shards, routed_share: float, rank: int
         routed = routed[:0]
     blind = tuple(_within(routed, shards.query_run(r)) for r in range(shards.ranks))
     of_ranks = range(shards.ranks)
+    step = ops._pattern_step(*call)
     keys, counts = [], []
     for r in of_ranks:
         tokens = _keys_for(pattern, shards, r, blind[r])
@@ -149,7 +153,8 @@ def _find_needs(pattern: Pattern, shards: Shards, routed_share: float, rank: int
             tuple(_queries_for(pattern, shards, blind[r], r, s) for s in of_ranks) for r in of_ranks
         ),
         blind=blind,
-        step=ops._pattern_step(*call),
+        step=step,
+        far=() if rank is None else _far_queries(pattern, shards, rank, blind[rank], keys, step),
     )
 
 
@@ -178,6 +183,31 @@ def _keys_for(pattern: Pattern, shards: Shards, rank: int, blind: Tensor) -> tup
         here = seen[begin:end].nonzero().flatten() + begin
         tokens.append(here[:0] if other == rank else here)
     return tuple(tokens)
+
+
+def _far_queries(pattern, shards: Shards, rank: int, blind: Tensor, keys, step: int):
+    """See `Needs.far`; all queries of the rank if most of them do."""
+    start, stop = shards.query_run(rank)
+    tokens = torch.cat(keys[rank])
+    if len(tokens) == 0:
+        return ()
+    placed, place = [], 0
+    for begin, end in runs_of(tokens):
+        placed.append((place, begin, end))
+        place += end - begin
+    part = part_words(pattern, shards.sizes, [(start, stop)], placed, runs_of(blind))
+    seen, _ = _seen(pattern, shards, part, stop - start, len(tokens))
+    runs: list[Run] = []
+    for begin, end in runs_of(seen.nonzero().flatten() + start):
+        gap = (begin - runs[-1][1]) // step * step if runs else -1
+        if gap == 0:
+            runs[-1] = (runs[-1][0], end)
+            continue
+        if gap > 0:
+            runs[-1] = (runs[-1][0], begin - gap)
+        runs.append((begin, end))
+    chosen = sum(end - begin for begin, end in runs)
+    return tuple(runs) if 2 * chosen < stop - start else ((start, stop),)
 
 
 def _queries_for(
