@@ -26,8 +26,12 @@ struct WholeTokens {
   const std::int64_t* keys = nullptr;     // (n_k)
   std::int64_t offset = 0;                // query i of the whole stands at position i + offset
 
-  std::int64_t query(std::int64_t i) const { return queries ? queries[i] : i; }
-  std::int64_t key(std::int64_t i) const { return keys ? keys[i] : i; }
+  SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t query(std::int64_t i) const {
+    return queries ? queries[i] : i;
+  }
+  SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t key(std::int64_t i) const {
+    return keys ? keys[i] : i;
+  }
 };
 
 /// "Real" below is double for float64 tensors and float for all others.
@@ -51,7 +55,9 @@ struct AttentionParams {
   Modifiers modifiers;
   WholeTokens whole;
   /// Of positions from the numbers of queries in the whole.
-  std::int64_t offset() const { return whole.queries ? whole.offset : n_k - n_q; }
+  SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t offset() const {
+    return whole.queries ? whole.offset : n_k - n_q;
+  }
 
   const PlanView* const* plans = nullptr;  // (batch, heads)
 

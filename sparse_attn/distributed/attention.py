@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from sparse_attn.distributed.exchange import Chain, Exchange, named_error
 from sparse_attn.distributed.routes import Route, key_route, query_route, result_route
 from sparse_attn.distributed.shards import (
     Needs,
-    Run,
     find_needs,
     part_words,
     runs_of,
@@ -186,7 +184,7 @@ class _Call:
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of the rank's queries."""
         needs, device = self.needs, query.device
-        own_queries = [needs.shards.query_run(self.rank)]
+        own_queries = (needs.shards.query_run(self.rank),)
         far_queries = own_queries if self.row_tables and needs.far else needs.far
         route, buffer = key_route(needs, self.rank, far_queries)
         keys = route.on(device)
@@ -209,24 +207,22 @@ class _Call:
         far_key, far_value = chain.receive(keys_under_way)
         far_padding = _receive_padding(padding_under_way)
         if buffer.length > 0:
-            blind = runs_of(needs.blind[self.rank])
-            attend_far = functools.partial(
-                self._attend,
-                far_queries,
-                buffer.runs,
-                key=far_key,
-                value=far_value,
-                padding=far_padding,
-                blind=blind,
-            )
-            if tuple(far_queries) == tuple(own_queries):
-                own = merge(*own, *attend_far(query=query))
-            else:
-                rows = _rows_of(far_queries, own_queries[0][0], device)
-                own = _merge_into(own, rows, *attend_far(query=query.index_select(2, rows)))
+            received = (far_key, far_value, far_padding)
+            own = self._merge_far(own, far_queries, buffer.runs, query, *received)
         if queries_under_way:
             own = _merge_rows(own, chain.receive(results_under_way), results, queries)
         return chain.end(*own)
+
+    def _merge_far(self, own, queries, keys, query, key, value, padding):
+        """Attends received keys from the queries that see some, and joins that with the rest."""
+        start, stop = self.needs.shards.query_run(self.rank)
+        blind = runs_of(self.needs.blind[self.rank])
+        if queries == ((start, stop),):
+            return merge(*own, *self._attend(queries, keys, query, key, value, padding, blind))
+        rows = torch.cat([torch.arange(a - start, b - start) for a, b in queries]).to(query.device)
+        some = query.index_select(2, rows)
+        far = self._attend(queries, keys, some, key, value, padding, blind)
+        return _merge_into(own, rows, *far)
 
     def _attend(self, queries, keys, query, key, value, padding, blind=()):
         queries = [run for run in queries if run[1] > run[0]]
@@ -280,11 +276,6 @@ def _merge_into(
     """Joins what was found for some rows with all of them."""
     joined = merge(*(tensor.index_select(2, rows) for tensor in own), output, lse)
     return tuple(t.index_copy(2, rows, j) for t, j in zip(own, joined, strict=True))
-
-
-def _rows_of(queries: Sequence[Run], start: int, device: torch.device) -> Tensor:
-    """Queries of the whole as rows of a shard."""
-    return torch.cat([torch.arange(a - start, b - start, device=device) for a, b in queries])
 
 
 def _gather_mask(mask: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
