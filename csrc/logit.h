@@ -31,8 +31,9 @@ struct LogitTable {
   std::int64_t row_stride = 0;
   std::int64_t column_stride = 0;
   std::int64_t columns = 0;
-  std::int64_t size = 0;   // of the whole table
-  std::int64_t block = 1;  // of kBlocks: the side
+  std::int64_t size = 0;         // of the whole table
+  std::int64_t block = 1;        // of kBlocks: the side
+  std::int64_t first_query = 0;  // whose row is the first one
 };
 
 /// The window whose slots a head's tables have.
@@ -54,12 +55,13 @@ SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t table_offset(const LogitTable& table
                                                          const PairPlace& at) {
   if (table.kind == TableKind::kSlopes) return 0;
   if (table.kind == TableKind::kBlocks)
-    return at.query / table.block * table.row_stride + at.key / table.block * table.column_stride;
+    return (at.query - table.first_query) / table.block * table.row_stride +
+           at.key / table.block * table.column_stride;
   const std::int64_t distance = at.key - at.position;
   const std::int64_t slot = distance / window.dilation + window.left;
   const bool exact = window.dilation == 1 || distance % window.dilation == 0;
   if (!exact || slot < 0 || slot >= table.columns) return -1;
-  return at.query * table.row_stride + slot * table.column_stride;
+  return (at.query - table.first_query) * table.row_stride + slot * table.column_stride;
 }
 
 /// What a pair's number is multiplied by.

@@ -19,6 +19,21 @@ struct TensorView {
   std::int64_t row_stride = 0;
 };
 
+/// The queries and keys of a part of a sequence by their numbers in the whole: what tables and
+/// dropout go by. Null where a call is about all of it.
+struct WholeTokens {
+  const std::int64_t* queries = nullptr;  // (n_q)
+  const std::int64_t* keys = nullptr;     // (n_k)
+  std::int64_t offset = 0;                // query i of the whole stands at position i + offset
+
+  SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t query(std::int64_t i) const {
+    return queries ? queries[i] : i;
+  }
+  SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t key(std::int64_t i) const {
+    return keys ? keys[i] : i;
+  }
+};
+
 /// "Real" below is double for float64 tensors and float for all others.
 struct AttentionParams {
   DataType dtype = DataType::kFloat32;
@@ -38,6 +53,11 @@ struct AttentionParams {
   void* lse = nullptr;  // (batch, heads, n_q) Real, natural logarithm, -inf without keys
   const std::uint8_t* key_padding = nullptr;  // (batch, n_k), 1 = ignore; null = none
   Modifiers modifiers;
+  WholeTokens whole;
+  /// Of positions from the numbers of queries in the whole.
+  SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t offset() const {
+    return whole.queries ? whole.offset : n_k - n_q;
+  }
 
   const PlanView* const* plans = nullptr;  // (batch, heads)
 

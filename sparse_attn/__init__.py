@@ -8,7 +8,7 @@
 torch.Size([1, 8, 1000, 64])
 """
 
-from sparse_attn import functional, huggingface, nn
+from sparse_attn import distributed, functional, huggingface, nn
 from sparse_attn.analysis import (
     ApproximationReport,
     Recommendation,
@@ -137,6 +137,7 @@ __all__ = [
     "build_info",
     "clear_plan_cache",
     "cmake_prefix_path",
+    "distributed",
     "fit_pattern",
     "functional",
     "gradient_pattern",

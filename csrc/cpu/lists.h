@@ -127,7 +127,8 @@ struct ListedModifiers {
     exist = params.modifiers.any();
     if (!exist) return;
     head = head_;
-    offset = params.n_k - params.n_q;
+    whole = params.whole;
+    offset = params.offset();
     of_head.start(params, head);
   }
 
@@ -135,7 +136,8 @@ struct ListedModifiers {
   template <class Pair>
   void load(int count, const Pair& pair) {
     for (int i = 0; i < count; ++i) {
-      const auto [query, key] = pair(i);
+      const auto [row, column] = pair(i);
+      const int64_t query = whole.query(row), key = whole.key(column);
       const PairPlace place{query, query + offset, key};
       gate[i] = of_head.gate.exists() ? of_head.gate.at(place, T{1}) : T{1};
       bias[i] = of_head.bias.exists() ? of_head.bias.at(place, T{0}) : T{0};
@@ -148,6 +150,7 @@ struct ListedModifiers {
   }
 
   bool exist = false;
+  sparse_attn::WholeTokens whole;
   int64_t head = 0, offset = 0;
   HeadModifiers<T> of_head;
   T* gate;

@@ -104,8 +104,7 @@ class TileModifiers {
     if (!exist_) return;
     of_head_.start(params, head);
     shapes_ = of_head_.gate.exists() || of_head_.bias.exists() || of_head_.cap > T{0};
-    place_.offset = params.n_k - params.n_q;
-    place_.head = head;
+    place_.start(params, head);
   }
   bool exist() const { return exist_; }
   /// Whether they change scores, and whether they drop probabilities.

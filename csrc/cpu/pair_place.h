@@ -11,8 +11,9 @@ using sparse_attn::PairPlace;
 using sparse_attn::SlotWindow;
 using sparse_attn::TableKind;
 
-/// The queries and keys of a tile of pairs.
+/// The queries and keys of a tile of pairs, as the whole sequence numbers them.
 struct PlaceOfPairs {
+  sparse_attn::WholeTokens whole;
   int64_t offset;  // of positions from queries
   int64_t head;    // batch x heads
   int rows, keys;
@@ -20,17 +21,32 @@ struct PlaceOfPairs {
   int64_t query[kMaxTile];
   int64_t key[kMaxTile];
 
+  void start(const sparse_attn::AttentionParams& params, int64_t head_) {
+    whole = params.whole;
+    offset = params.offset();
+    head = head_;
+  }
   void set_rows(const Tile& tile, const int64_t* list) {
     rows = tile.count;
-    row_step = tile.list < 0 ? tile.step : 0;
-    for (int r = 0; r < rows; ++r) query[r] = sparse_attn::token(tile, list, r);
+    for (int r = 0; r < rows; ++r) query[r] = whole.query(sparse_attn::token(tile, list, r));
+    row_step = step_of(tile, whole.queries, query);
   }
   void set_keys(const Tile& tile, const int64_t* list) {
     keys = tile.count;
-    key_step = tile.list < 0 ? tile.step : 0;
-    for (int k = 0; k < keys; ++k) key[k] = sparse_attn::token(tile, list, k);
+    for (int k = 0; k < keys; ++k) key[k] = whole.key(sparse_attn::token(tile, list, k));
+    key_step = step_of(tile, whole.keys, key);
   }
   PairPlace at(int k, int r) const { return {query[r], query[r] + offset, key[k]}; }
+
+ private:
+  /// Tokens of a part may jump, those of a tile in the whole do not.
+  static int64_t step_of(const Tile& tile, const int64_t* renumbered, const int64_t* tokens) {
+    if (tile.list >= 0) return 0;
+    for (int i = 1; renumbered && i < tile.count; ++i) {
+      if (tokens[i] - tokens[i - 1] != tile.step) return 0;
+    }
+    return tile.step;
+  }
 };
 
 /// One head of a table. A pair (k, r) of a tile is at [k][r] of a tile of numbers.
@@ -70,8 +86,8 @@ class HeadTable {
       return numbers;
     }
     if (is_dense_block(place)) {
-      const T* const first =
-          data_ + place.query[0] * table_.row_stride + place.key[0] * table_.column_stride;
+      const T* const first = data_ + (place.query[0] - table_.first_query) * table_.row_stride +
+                             place.key[0] * table_.column_stride;
       transpose_rows<T>(numbers, kMaxTile, {first, place.row_step * table_.row_stride}, place.rows,
                         place.keys, T{1});
       return numbers;
@@ -119,8 +135,8 @@ class HeadTable {
     int64_t first[kMaxTile];  // of each row
     const bool blocks = table_.kind == TableKind::kBlocks;
     for (int r = 0; r < place.rows; ++r) {
-      const int64_t row =
-          blocks && table_.block > 1 ? place.query[r] / table_.block : place.query[r];
+      const int64_t query = place.query[r] - table_.first_query,
+                    row = blocks && table_.block > 1 ? query / table_.block : query;
       first[r] = row * table_.row_stride;
       of.factor[r] = 1;
     }

@@ -46,8 +46,7 @@ class PairTile {
   void start(const PlanView& plan, const PassView& pass, int64_t head) {
     head_ = head;
     list_ = plan.token_list;
-    place_.offset = p_.n_k - p_.n_q;
-    place_.head = head;
+    place_.start(p_, head);
     keys_.start(p_, plan, pass, head);
     of_head_.start(p_, head);
     if (!kAlong) return;

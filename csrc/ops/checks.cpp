@@ -8,6 +8,7 @@
 #include <string>
 
 #include "ops/modifiers.h"
+#include "patterns/part.h"
 #include "patterns/window.h"
 
 namespace sparse_attn {
@@ -87,13 +88,14 @@ void check_tensors(const AttentionArguments& a) {
               " (the key's batch, heads and length)");
 }
 
-void check_mask(const char* name, const OptionalTensor& mask, const AttentionArguments& a) {
+void check_mask(const char* name, const OptionalTensor& mask, const AttentionArguments& a,
+                const c10::SymInt& n_k) {
   if (!mask) return;
   check_kind(name, *mask);
   TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "sparse_attn: expected ", name,
                    " of dtype bool, got ", mask->scalar_type());
   check_same_place(name, *mask, a.query);
-  check_shape(name, *mask, {a.query.sym_size(0), a.key.sym_size(2)}, " (batch, keys)");
+  check_shape(name, *mask, {a.query.sym_size(0), n_k}, " (batch, keys)");
 }
 
 void check_finite(const char* name, std::optional<double> value) {
@@ -218,20 +220,27 @@ Expression check_pattern(at::IntArrayRef pattern) {
       [&] { return parse(pattern.data(), static_cast<std::int64_t>(pattern.size())); });
 }
 
+SymSizesOf whole_sizes_of(const Expression& pattern, const AttentionArguments& a) {
+  const Expression& one = head_patterns(pattern)[0];
+  if (one.word != Word::kPart) return {a.query.sym_size(2), a.key.sym_size(2)};
+  const Sizes whole = whole_sizes(one, {});
+  return {whole.n_q, whole.n_k};
+}
+
 void check_inputs(const AttentionArguments& a) {
   check_tensors(a);
-  check_mask("key_padding_mask", a.key_padding_mask, a);
-  check_mask("global_mask", a.global_mask, a);
+  check_mask("key_padding_mask", a.key_padding_mask, a, a.key.sym_size(2));
   check_finite("scale", a.scale);
 }
 
 Expression check_attention(const AttentionArguments& a) {
   check_inputs(a);
   Expression pattern = check_pattern(a.pattern);
+  const auto [n_q, n_k] = whole_sizes_of(pattern, a);
+  check_mask("global_mask", a.global_mask, a, n_k);
   check_sizes_of(pattern, a);
   const c10::SymInt batch = a.query.sym_size(0), heads = a.query.sym_size(1);
-  check_pattern_tensors(pattern, a.pattern_tensors,
-                        {a.query.sym_size(2), a.key.sym_size(2), &batch, &heads, &a.query});
+  check_pattern_tensors(pattern, a.pattern_tensors, {n_q, n_k, &batch, &heads, &a.query});
   check_modifiers(a, pattern);
   return pattern;
 }

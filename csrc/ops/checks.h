@@ -17,6 +17,13 @@ Expression check_backward(const BackwardArguments& arguments);
 Expression check_tangent(const TangentArguments& arguments);
 Expression check_second(const SecondArguments& arguments);
 
+/// The lengths that tokens, tensors of the pattern and global masks refer to: those of the call, or
+/// of the sequence that it is a part of.
+struct SymSizesOf {
+  c10::SymInt n_q, n_k;
+};
+SymSizesOf whole_sizes_of(const Expression& pattern, const AttentionArguments& arguments);
+
 /// Checks a dense tensor on the query's device, of its dtype or of that of the log-sum-exp.
 void check_dense_like(const char* name, const at::Tensor& tensor, const at::Tensor& query);
 

@@ -12,6 +12,7 @@
 #include "ops/tensors.h"
 #include "ops/threads.h"
 #include "ops/workspace.h"
+#include "patterns/part.h"
 #include "plan/cache.h"
 
 namespace sparse_attn {
@@ -27,6 +28,7 @@ class Call {
         modifiers_(a, pattern) {
     params = params_of(a, query_, key_, value_);
     params.modifiers = modifiers_.get();
+    number_tokens(head_patterns(pattern)[0]);
     if (a.key_padding_mask) {
       padding_ = a.key_padding_mask->contiguous();
       params.key_padding = static_cast<const std::uint8_t*>(padding_.const_data_ptr());
@@ -66,6 +68,15 @@ class Call {
   AttentionParams params;
 
  private:
+  /// Tables and dropout of a part go by the tokens of the whole.
+  void number_tokens(const Expression& one_head) {
+    if (one_head.word != Word::kPart || !params.modifiers.any()) return;
+    const Part part = with_value_errors([&] { return Part(one_head); });
+    query_tokens_ = tokens_at(part.queries, params.n_q);
+    key_tokens_ = tokens_at(part.keys, params.n_k);
+    params.whole = {query_tokens_.data(), key_tokens_.data(), part.whole.offset()};
+  }
+
   /// One plan for each example and head.
   void choose_plans(const AttentionArguments& a, const Expression& pattern, Direction direction) {
     const HeadPatterns of_heads(pattern, a.pattern_tensors, a.global_mask, params.batch,
@@ -126,6 +137,7 @@ class Call {
   at::Tensor query_, key_, value_, padding_;
   std::deque<at::Tensor> kept_;
   CallModifiers modifiers_;
+  std::vector<std::int64_t> query_tokens_, key_tokens_;
   std::vector<std::shared_ptr<const Schedule>> schedules_;
   std::vector<const PlanView*> plans_;
   std::int64_t pairs_ = 0;  // in the tiles and lists of all heads
@@ -180,8 +192,11 @@ Gradients backward_cpu(c10::DispatchKeySet keys, const BackwardArguments& a) {
   return gradients;
 }
 
-TableGradients run_tables(Call& call, const AttentionArguments& a, const cpu::Kernel& kernel) {
-  const GradientOfTable bias(a.bias, a.bias_kind, a.query), gate(a.gate, a.gate_kind, a.query);
+TableGradients run_tables(Call& call, const AttentionArguments& a, const Expression& pattern,
+                          const cpu::Kernel& kernel) {
+  const std::int64_t first = first_query(a, pattern);
+  const GradientOfTable bias(a.bias, a.bias_kind, a.query, first),
+      gate(a.gate, a.gate_kind, a.query, first);
   call.params.grad_bias = bias.sums();
   call.params.grad_gate = gate.sums();
   if ((a.bias || a.gate) && !has_no_pairs(a)) call.run(kernel, kGradientProducts);
@@ -193,7 +208,7 @@ TableGradients table_backward_cpu(c10::DispatchKeySet keys, const BackwardArgume
   if (a.sink) return table_backward_cpu(keys, over_keys(a));
   Call call(a, pattern, Direction::kForward);
   call.set_gradients(a);
-  return run_tables(call, a, kernels_for(a.query).table_gradients);
+  return run_tables(call, a, pattern, kernels_for(a.query).table_gradients);
 }
 
 /// Runs the tangent of output and log-sum-exp, which `call` then has.
@@ -223,7 +238,7 @@ SecondGradients second_cpu(c10::DispatchKeySet, const SecondArguments& a) {
   by_rows.set_gradients(a);
   by_rows.set_tangents(a.tangents, a);
   const auto [output, lse] = run_tangent(by_rows, a);
-  const auto [bias, gate] = run_tables(by_rows, a, kernels.table_gradients_along);
+  const auto [bias, gate] = run_tables(by_rows, a, pattern, kernels.table_gradients_along);
   const Gradients gradients = empty_gradients(a);
   const auto& [query, key, value] = gradients;
   if (!has_no_pairs(a)) {

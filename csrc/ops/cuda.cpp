@@ -328,7 +328,8 @@ Gradients backward_cuda(c10::DispatchKeySet keys, const BackwardArguments& a) {
 }
 
 TableGradients run_tables(DeviceCall& call, const AttentionArguments& a) {
-  const GradientOfTable bias(a.bias, a.bias_kind, a.query), gate(a.gate, a.gate_kind, a.query);
+  const GradientOfTable bias(a.bias, a.bias_kind, a.query, 0),
+      gate(a.gate, a.gate_kind, a.query, 0);
   call.params().grad_bias = bias.sums();
   call.params().grad_gate = gate.sums();
   if (a.bias || a.gate) call.grad_tables();

@@ -83,6 +83,12 @@ at::Tensor views_of(const at::Tensor& starts, std::int64_t starts_stride, const 
 
 DevicePatterns::DevicePatterns(const AttentionArguments& a, const Expression& pattern,
                                bool capturing) {
+  const bool by_tokens =
+      tensor_count(pattern) > 0 || a.global_mask || a.bias || a.gate || a.dropout_p > 0.0;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      head_patterns(pattern)[0].word != Word::kPart || !by_tokens,
+      "sparse_attn: expected a part of a sequence without tensors in the pattern, global_mask, "
+      "bias, gate and dropout on this device, got one");
   add_tensors(pattern, a.pattern_tensors, a.key.size(2), capturing);
   if (a.global_mask) add_globals(a.global_mask->contiguous(), a.query.size(2));
 }

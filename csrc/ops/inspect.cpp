@@ -3,14 +3,18 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <numeric>
+#include <set>
 
 #include "ops/build_info.h"
 #include "ops/checks.h"
 #include "ops/device_plans.h"
 #include "ops/pattern_tensors.h"
+#include "patterns/part.h"
 #include "patterns/union.h"
 #include "plan/cache.h"
+#include "plan/seen.h"
 
 namespace sparse_attn {
 namespace {
@@ -40,12 +44,14 @@ class Inspected {
                         "device meta");
       here.push_back(tensor.cpu());
     }
-    check_pattern_tensors(pattern_, OptionalTensors(here), {n_q, n_k});
+    const Sizes whole = whole_sizes(head_patterns(pattern_)[0], sizes_);
+    check_pattern_tensors(pattern_, OptionalTensors(here), {whole.n_q, whole.n_k});
     tensors_ = PatternTensors(pattern_, OptionalTensors(here));
     const c10::SymInt examples = batch(),
                       of_all = heads.value_or(std::lcm(patterns(), heads_of_tensors()));
     const std::vector<at::Tensor> tensors = tensors_.tensors();
-    check_pattern_tensors(pattern_, OptionalTensors(tensors), {n_q, n_k, &examples, &of_all});
+    check_pattern_tensors(pattern_, OptionalTensors(tensors),
+                          {whole.n_q, whole.n_k, &examples, &of_all});
   }
 
   Sizes sizes() const { return sizes_; }
@@ -183,6 +189,51 @@ std::string pattern_plan(at::IntArrayRef words, OptionalTensors given, std::int6
   return text;
 }
 
+/// (n_q) and (n_k) bool: who sees a key, and who is seen, in any head and example.
+std::tuple<at::Tensor, at::Tensor> pattern_seen(at::IntArrayRef words, OptionalTensors given,
+                                                std::int64_t n_q, std::int64_t n_k) {
+  const Inspected pattern(words, given, n_q, n_k);
+  const Sizes sizes = pattern.sizes();
+  Seen seen{std::vector<std::uint8_t>(static_cast<std::size_t>(n_q)),
+            std::vector<std::uint8_t>(static_cast<std::size_t>(n_k))};
+  pattern.for_each([&](const Expression& one, const PatternTensor* tensors) {
+    add_seen(build_plan(expand(one, sizes, tensors), sizes), seen);
+  });
+  const auto flags = [](const std::vector<std::uint8_t>& bytes) {
+    const at::Tensor made = at::empty({static_cast<std::int64_t>(bytes.size())}, at::kBool);
+    std::copy(bytes.begin(), bytes.end(), made.mutable_data_ptr<bool>());
+    return made;
+  };
+  return {flags(seen.queries), flags(seen.keys)};
+}
+
+/// The queries that see (nearly) all keys in some head or example, ascending.
+at::Tensor pattern_global_queries(at::IntArrayRef words, OptionalTensors given, std::int64_t n_q,
+                                  std::int64_t n_k) {
+  const Inspected pattern(words, given, n_q, n_k);
+  std::set<std::int64_t> all;
+  pattern.for_each([&](const Expression& one, const PatternTensor* tensors) {
+    const auto some = global_queries(expand(one, pattern.sizes(), tensors), pattern.sizes());
+    all.insert(some.begin(), some.end());
+  });
+  const at::Tensor made = at::empty({static_cast<std::int64_t>(all.size())}, at::kLong);
+  std::copy(all.begin(), all.end(), made.mutable_data_ptr<std::int64_t>());
+  return made;
+}
+
+/// A number that all dilations of the pattern divide, if it is not longer than the sequence.
+std::int64_t pattern_step(at::IntArrayRef words, OptionalTensors given, std::int64_t n_q,
+                          std::int64_t n_k) {
+  const Inspected pattern(words, given, n_q, n_k);
+  std::int64_t common = 1;
+  pattern.for_each([&](const Expression& one, const PatternTensor* tensors) {
+    const std::int64_t step = common_step(expand(one, pattern.sizes(), tensors), pattern.sizes());
+    const std::int64_t more = step / std::gcd(common, step);
+    if (common < std::max(n_q, n_k) / more) common *= more;
+  });
+  return common;
+}
+
 void clear_caches() {
   clear_plan_cache();
   clear_device_plans();
@@ -198,6 +249,9 @@ TORCH_LIBRARY_IMPL(sparse_attn, CompositeImplicitAutograd, m) {
   m.impl("_pattern_allows", TORCH_FN(pattern_allows));
   m.impl("_pattern_cost", TORCH_FN(pattern_cost));
   m.impl("_pattern_plan", TORCH_FN(pattern_plan));
+  m.impl("_pattern_seen", TORCH_FN(pattern_seen));
+  m.impl("_pattern_global_queries", TORCH_FN(pattern_global_queries));
+  m.impl("_pattern_step", TORCH_FN(pattern_step));
   m.impl("_cuda_archs", TORCH_FN(cuda_archs));
   m.impl("_plan_cache_size", TORCH_FN(plan_cache_size));
   m.impl("_clear_plan_cache", TORCH_FN(clear_caches));

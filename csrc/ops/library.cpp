@@ -60,6 +60,9 @@ TORCH_LIBRARY(sparse_attn, m) {
   m.def("_pattern_allows(int[] pattern, Tensor positions, Tensor keys, int n_k) -> Tensor");
   m.def(("_pattern_cost(" + pattern + ", int[]? tile=None) -> int[]").c_str());
   m.def(("_pattern_plan(" + pattern + ") -> str").c_str());
+  m.def(("_pattern_seen(" + pattern + ") -> (Tensor queries, Tensor keys)").c_str());
+  m.def(("_pattern_global_queries(" + pattern + ") -> Tensor").c_str());
+  m.def(("_pattern_step(" + pattern + ") -> int").c_str());
   m.def("_cuda_archs() -> str[]");
   // Which kernels serve a call: simt, mma (tensor cores) or sm90. With modifiers: bias, gate, ...
   m.def("_cuda_kernels(Tensor query, Tensor value, bool modified=False) -> str");

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "ops/checks.h"
+#include "patterns/part.h"
 
 namespace sparse_attn {
 namespace {
@@ -60,9 +61,14 @@ std::array<TableArgument, 2> tables_of(const CallOptions& a) {
 }
 
 /// What the dimensions of a table may be: its last two, and one in place of each of the others.
-void check_table_shape(const TableArgument& table, const AttentionArguments& a) {
+/// With a part of a sequence, tables with a row for each query hold the part's rows, and go by the
+/// keys of the whole; tables of blocks are those of the whole.
+void check_table_shape(const TableArgument& table, const AttentionArguments& a,
+                       const Expression& pattern) {
+  const SymSizesOf whole = whole_sizes_of(pattern, a);
   const c10::SymInt batch = a.query.sym_size(0), heads = a.query.sym_size(1),
-                    n_q = a.query.sym_size(2), n_k = a.key.sym_size(2);
+                    n_q = table.kind > kDenseKind ? whole.n_q : a.query.sym_size(2),
+                    n_k = whole.n_k;
   const auto given = table.tensor->sym_sizes();
   const auto fail = [&](const char* shape) {
     TORCH_CHECK_VALUE(false, "sparse_attn: expected ", table.name, " of shape ", shape, " with ",
@@ -101,7 +107,7 @@ void check_table(const TableArgument& table, const AttentionArguments& a,
                     "sparse_attn: expected gate_kind of at least 0, got ", table.kind,
                     ": a gate has no slopes");
   check_dense_like(table.name, tensor, a.query);
-  check_table_shape(table, a);
+  check_table_shape(table, a, pattern);
   if (table.kind == kSlotsKind) slot_windows(table.name, pattern, tensor.sym_size(3));
 }
 
@@ -146,7 +152,7 @@ void check_like_table(const char* name, const OptionalTensor& tensor, const char
                     tensor->sym_sizes());
 }
 
-LogitTable table_view(const at::Tensor& tensor, std::int64_t kind) {
+LogitTable table_view(const at::Tensor& tensor, std::int64_t kind, std::int64_t first_query) {
   const auto stride = [&](int dim) { return tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
   LogitTable table;
   table.kind = kind == kSlopesKind  ? TableKind::kSlopes
@@ -160,11 +166,28 @@ LogitTable table_view(const at::Tensor& tensor, std::int64_t kind) {
   table.columns = tensor.size(3);
   table.size = tensor.numel();
   table.block = std::max<std::int64_t>(kind, 1);
+  table.first_query = kind == kSlotsKind || kind == kDenseKind ? first_query : 0;
   return table;
 }
 
+std::int64_t first_query(const CallOptions& a, const Expression& pattern) {
+  const Expression& one = head_patterns(pattern)[0];
+  if (one.word != Word::kPart) return 0;
+  const TokenRuns queries = with_value_errors([&] { return Part(one).queries; });
+  const auto has_rows = [](const TableArgument& table) {
+    return table.tensor &&
+           (table.kind == kDenseKind || (table.kind == kSlotsKind && table.tensor->size(2) > 1));
+  };
+  const auto tables = tables_of(a);
+  const bool by_rows = std::any_of(tables.begin(), tables.end(), has_rows);
+  TORCH_CHECK_NOT_IMPLEMENTED(!by_rows || queries.size() <= 1,
+                              "sparse_attn: expected tables without a row for each query with "
+                              "queries that are not consecutive, got one");
+  return queries.empty() ? 0 : queries[0].token;
+}
+
 CallModifiers::CallModifiers(const AttentionArguments& a, const Expression& pattern)
-    : real_(lse_type(a.query)) {
+    : real_(lse_type(a.query)), first_query_(first_query(a, pattern)) {
   modifiers_.bias = table(a.bias, a.bias_kind);
   modifiers_.gate = table(a.gate, a.gate_kind);
   modifiers_.softcap = a.softcap.value_or(0.0);
@@ -184,7 +207,7 @@ CallModifiers::CallModifiers(const AttentionArguments& a, const Expression& patt
 LogitTable CallModifiers::table(const OptionalTensor& tensor, std::int64_t kind) {
   if (!tensor) return {};
   kept_.push_back(tensor->to(real_));
-  return table_view(kept_.back(), kind);
+  return table_view(kept_.back(), kind, first_query_);
 }
 
 }  // namespace sparse_attn

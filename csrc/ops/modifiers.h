@@ -20,7 +20,10 @@ void check_like_table(const char* name, const OptionalTensor& tensor, const char
 
 /// A table as the kernels read it; `tensor` has the type of the log-sum-exp and is the caller's to
 /// keep.
-LogitTable table_view(const at::Tensor& tensor, std::int64_t kind);
+LogitTable table_view(const at::Tensor& tensor, std::int64_t kind, std::int64_t first_query);
+
+/// Whose row tables with a row for each query begin with: 0, or a part's first query.
+std::int64_t first_query(const CallOptions& options, const Expression& pattern);
 
 class CallModifiers {
  public:
@@ -32,6 +35,7 @@ class CallModifiers {
 
  private:
   at::ScalarType real_;
+  std::int64_t first_query_;
   std::vector<at::Tensor> kept_;  // what the pointers look into
   Modifiers modifiers_;
 };
@@ -39,11 +43,12 @@ class CallModifiers {
 /// The sums of one table's gradient on their way.
 class GradientOfTable {
  public:
-  GradientOfTable(const OptionalTensor& table, std::int64_t kind, const at::Tensor& query)
+  GradientOfTable(const OptionalTensor& table, std::int64_t kind, const at::Tensor& query,
+                  std::int64_t first_query)
       : result_(empty_like_table(table, query)) {
     if (!table) return;
     sums_ = at::zeros(table->sizes(), query.options().dtype(lse_type(query)));
-    view_ = table_view(sums_, kind);
+    view_ = table_view(sums_, kind, first_query);
   }
   const LogitTable& sums() const { return view_; }
   at::Tensor finish() const { return sums_.defined() ? result_.copy_(sums_) : result_; }

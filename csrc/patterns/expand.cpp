@@ -7,6 +7,7 @@
 #include "patterns/checkerboard.h"
 #include "patterns/key_lists.h"
 #include "patterns/layout.h"
+#include "patterns/part.h"
 #include "patterns/periodic_keys.h"
 #include "patterns/random_blocks.h"
 #include "patterns/random_tokens.h"
@@ -209,6 +210,10 @@ Terms expand(const Expression& e, Sizes sizes, const PatternTensor* tensors) {
       for (std::size_t i = 1; i < e.parts.size(); ++i)
         terms = multiply(terms, expand(e.parts[i], sizes, tensors));
       return terms;
+    }
+    case Word::kPart: {
+      const Part part(e);
+      return take_part(part, sizes, expand(e.parts[0], part.whole, tensors));
     }
     case Word::kPerHead:
       break;

@@ -76,7 +76,7 @@ class Parser {
     Expression expression = one(0);
     if (next_ != end_)
       fail("expected one pattern, got " + std::to_string(end_ - next_) + " more integers after it");
-    return expression;
+    return expression.word == Word::kPart ? part_of_each_head(std::move(expression)) : expression;
   }
 
  private:
@@ -103,6 +103,8 @@ class Parser {
       tokens(e);
     } else if (joins(e.word)) {
       parts(e, depth);
+    } else if (e.word == Word::kPart) {
+      part(e, depth);
     } else {
       fail("expected the code of a pattern, got " +
            std::to_string(static_cast<std::int64_t>(e.word)));
@@ -132,6 +134,27 @@ class Parser {
       fail("expected a union, an intersection or a PerHead of at least one pattern, got none");
     e.parts.reserve(static_cast<std::size_t>(n));
     for (std::int64_t i = 0; i < n; ++i) e.parts.push_back(one(depth + 1));
+  }
+
+  void part(Expression& e, int depth) {
+    if (depth > 0) fail("expected a part of a pattern to be outermost, got it inside another one");
+    const auto take_value = [&] { return e.values.emplace_back(take()); };
+    take_value();
+    take_value();
+    for (const int numbers : {2, 3, 2}) {
+      const std::int64_t runs = e.values.emplace_back(take_count());
+      for (std::int64_t i = 0; i < runs * numbers; ++i) take_value();
+    }
+    e.parts.push_back(one(0));
+  }
+
+  /// The part of a PerHead is a PerHead of parts.
+  static Expression part_of_each_head(Expression part) {
+    if (part.parts[0].word == Word::kPart) fail("expected a part of a pattern, got one of a part");
+    if (part.parts[0].word != Word::kPerHead) return part;
+    Expression heads = std::move(part.parts[0]);
+    for (Expression& one : heads.parts) one = {Word::kPart, part.values, {std::move(one)}, 0};
+    return heads;
   }
 
   void tokens(Expression& e) {
@@ -201,6 +224,7 @@ bool is_causal(const Expression& e) {
       return e.values[1] == 0;
     case Word::kUnion:
     case Word::kPerHead:
+    case Word::kPart:
       return all();
     case Word::kIntersection:
       return std::any_of(e.parts.begin(), e.parts.end(), is_causal);
@@ -211,6 +235,7 @@ bool is_causal(const Expression& e) {
 
 std::int64_t most_demanding_token(const Expression& e) {
   std::int64_t token = 0;
+  if (e.word == Word::kPart) return token;  // its tokens are those of the whole
   const auto consider = [&](std::int64_t t) {
     if (keys_needed(t) > keys_needed(token)) token = t;
   };
@@ -225,6 +250,9 @@ std::int64_t most_demanding_token(const Expression& e) {
 Expression with_global_tokens(const Expression& expression,
                               const std::vector<std::int64_t>& tokens) {
   if (tokens.empty()) return expression;
+  if (expression.word == Word::kPart) {
+    return {Word::kPart, expression.values, {with_global_tokens(expression.parts[0], tokens)}, 0};
+  }
   std::vector<std::int64_t> runs;
   for (const std::int64_t t : tokens) {
     if (!runs.empty() && runs.back() == t) {

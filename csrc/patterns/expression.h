@@ -17,6 +17,8 @@
 //   kRandomTokens threshold seed            kept if 32 random bits are below the threshold
 //   kBlockLayout block                      takes the next of the pattern's tensors
 //   kKeyLists counted                       takes the next one, or two: indices, counts
+//   kPart n_q n_k q (start stop)*q k (place start stop)*k b (start stop)*b expr
+//                                           outermost only; part.h says what it is
 //
 // Tokens ascend; negative ones count from the end. Full() is an unbounded window, Causal() one that
 // is unbounded to the left; whatever else has a name in Python is a union or an intersection of
@@ -46,6 +48,7 @@ enum class Word : std::int64_t {
   kRandomTokens = 14,
   kBlockLayout = 15,
   kKeyLists = 16,
+  kPart = 17,
 };
 
 using Words = std::vector<std::int64_t>;
@@ -53,7 +56,7 @@ using Words = std::vector<std::int64_t>;
 struct Expression {
   Word word = Word::kUnion;
   std::vector<std::int64_t> values;  // the integers after the word; of tokens: start, stop, ...
-  std::vector<Expression> parts;     // of a union, an intersection or a per-head list
+  std::vector<Expression> parts;     // of a union, an intersection, a per-head list or a part
   int tensor = 0;                    // the first of its tensors
 };
 

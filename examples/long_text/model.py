@@ -113,6 +113,7 @@ class Block(nn.Module):
         width = config.width
         self.heads = config.heads
         self.pattern = None if config.attention == "full" else config.pattern(layer)
+        self.attention = sparse_attn.attention  # over a whole sequence, or a shard of one
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
@@ -133,7 +134,7 @@ class Block(nn.Module):
         elif self.pattern is None:
             heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
-            heads = sparse_attn.attention(query, key, value, self.pattern)
+            heads = self.attention(query, key, value, self.pattern)
         return self.project(heads.transpose(1, 2).flatten(2))
 
     def forward(
@@ -182,6 +183,14 @@ class ByteModel(Stack):
         if memory is not None:
             start, caches, two = memory.length, memory.caches, memory.two
             memory.see(tokens)
+        return self.from_place(tokens, two, start, caches)
+
+    def from_place(
+        self, tokens: torch.Tensor, two: torch.Tensor, start: int, caches: "list[KVCache | None]"
+    ) -> torch.Tensor:
+        """The bytes from place `start` on, after `two` others (B, 2), with a cache or None for
+        each layer.
+        """
         turns = self.turns(start, start + tokens.shape[1], tokens.device)
         x = self.embedding(tokens, two)
         for block, cache in zip(self.blocks, caches, strict=True):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sparse_attn.functional import attention
 from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
+from sparse_attn.nn._context_parallel import SharedGroup, own_group
 from sparse_attn.patterns import Causal, GlobalKeys, GlobalQueries, Pattern, PerHead, Window
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class LongformerSelfAttention(nn.Module):
@@ -30,6 +36,10 @@ class LongformerSelfAttention(nn.Module):
         bias: Whether the projections have biases.
         device: Device of the parameters.
         dtype: Data type of the parameters.
+        context_parallel_group: A process group, or a `DeviceMesh` of one dimension, over whose
+            ranks the sequence is sharded (`sparse_attn.distributed.context_parallel_attention`):
+            hidden states and masks are then those of the rank's shard, and gradients of parameters
+            the rank's share. No attentions.
 
     Raises:
         ValueError: embed_dim is not a multiple of num_heads, or attention_window, dilation or
@@ -44,6 +54,8 @@ class LongformerSelfAttention(nn.Module):
     torch.Size([2, 100, 64])
     """
 
+    _context_parallel: SharedGroup | None = None  # also of modules that became one
+
     def __init__(
         self,
         embed_dim: int,
@@ -55,6 +67,8 @@ class LongformerSelfAttention(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        context_parallel_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         super().__init__()
         check_heads(embed_dim, num_heads)
@@ -65,12 +79,18 @@ class LongformerSelfAttention(nn.Module):
         self.dilation = tuple(dilation) if isinstance(dilation, Iterable) else dilation
         self.dropout = dropout
         self.causal = causal
+        self._context_parallel = own_group(context_parallel_group)
         self.pattern = _window(attention_window, self.dilation, num_heads, causal)
         # Only the tokens of global_mask, which attention() adds.
         self.global_pattern = GlobalQueries([]) & Causal() if causal else GlobalQueries([])
         for name in _PROJECTIONS:
             projection = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
             self.add_module(name, projection)
+
+    @property
+    def context_parallel_group(self) -> ProcessGroup | DeviceMesh | None:
+        """The ranks that the sequence is sharded over."""
+        return self._context_parallel.group if self._context_parallel else None
 
     def forward(
         self,
@@ -101,6 +121,7 @@ class LongformerSelfAttention(nn.Module):
 
         Raises:
             ValueError: A shape does not fit.
+            NotImplementedError: output_attentions with context_parallel_group.
         """
         self._check(hidden_states, attention_mask, global_attention_mask)
         padding = None if attention_mask is None else attention_mask == 0
@@ -146,14 +167,19 @@ class LongformerSelfAttention(nn.Module):
         return f"{self.embed_dim}, {self.num_heads}, pattern={self.pattern}"
 
     def _attend(self, parts, pattern, padding, is_global, with_weights):
-        results = attention(
-            *parts,
-            pattern,
-            key_padding_mask=padding,
-            global_mask=is_global,
-            dropout_p=self.dropout if self.training else 0.0,
-            return_weights=with_weights,
-        )
+        options = {
+            "key_padding_mask": padding,
+            "global_mask": is_global,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        if self._context_parallel:
+            if with_weights:
+                raise NotImplementedError(
+                    "sparse_attn: expected output_attentions=False with context_parallel_group, "
+                    "got True"
+                )
+            return self._context_parallel.attention(*parts, pattern, **options), None
+        results = attention(*parts, pattern, return_weights=with_weights, **options)
         return results if with_weights else (results, None)
 
     def _project(self, hidden_states: Tensor, *names: str) -> list[Tensor]:

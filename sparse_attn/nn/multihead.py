@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_attn.functional import attention
+from sparse_attn.functional import attention as whole_attention
 from sparse_attn.merging import merge
+from sparse_attn.nn._context_parallel import SharedGroup, own_group
 from sparse_attn.nn._dense import dense_attention
 from sparse_attn.nn._masks import Masks, check_types, read_masks
 from sparse_attn.patterns import Causal, Full, Mask, Pattern, check_pattern
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -44,11 +51,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         dtype: Data type of the parameters.
         pattern: Who sees whom; a `PerHead` for heads that differ; every pair if None. It is no
             parameter: tensors that it holds (`BlockLayout`) stay on their device.
+        context_parallel_group: A process group, or a `DeviceMesh` of one dimension, over whose
+            ranks the sequence is sharded (`sparse_attn.distributed.context_parallel_attention`):
+            lengths are then those of the rank's shard, the pattern is that of the whole. Neither
+            weights nor an attn_mask other than the causal one; gradients of parameters are the
+            rank's share.
 
     Raises:
         ValueError: embed_dim or num_heads is less than 1.
         AssertionError: embed_dim is not a multiple of num_heads.
         TypeError: pattern is no Pattern.
+        NotImplementedError: In a call with context_parallel_group, for weights, masks of pairs or
+            nested tensors.
 
     >>> from sparse_attn import Global, MultiheadAttention, Window
     >>> layer = MultiheadAttention(64, 4, batch_first=True, pattern=Window(16) | Global([0]))
@@ -62,6 +76,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     >>> _ = torch.nn.MultiheadAttention(64, 4).load_state_dict(layer.state_dict())
     """
+
+    _context_parallel: SharedGroup | None = None  # also of modules that became one
 
     def __init__(
         self,
@@ -78,6 +94,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
         *,
         pattern: Pattern | None = None,
+        context_parallel_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -93,6 +110,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             dtype,
         )
         self._set_pattern(pattern)
+        self._context_parallel = own_group(context_parallel_group)
+
+    @property
+    def context_parallel_group(self) -> ProcessGroup | DeviceMesh | None:
+        """The ranks that the sequence is sharded over."""
+        return self._context_parallel.group if self._context_parallel else None
 
     def _set_pattern(self, pattern: Pattern | None) -> None:
         if pattern is not None:
@@ -142,6 +165,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError: The pattern does not fit the heads or the lengths.
         """
         if query.is_nested or key.is_nested or value.is_nested:
+            if self._context_parallel:
+                raise NotImplementedError(
+                    "sparse_attn: expected dense tensors with context_parallel_group, got nested "
+                    "ones"
+                )
             self._check_nested(query, key, value, key_padding_mask, attn_mask)
             return self._forward_nested(query, need_weights, average_attn_weights, is_causal)
         check_types(key_padding_mask, attn_mask)
@@ -157,6 +185,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask = None
         masks = read_masks(key_padding_mask, attn_mask, *sizes)
         attend = dense_attention if need_weights else _fused_attention
+        if self._context_parallel:
+            _check_context_parallel(need_weights, masks)
+            attend = functools.partial(_fused_attention, attention=self._context_parallel.attention)
         dropout_p = self.dropout if self.training else 0.0
         output, weights = attend(q, k, v, pattern, masks, self._added_keys(q), dropout_p)
         if weights is not None and average_attn_weights:
@@ -275,6 +306,7 @@ def _fused_attention(
     masks: Masks,
     added: list[Tensor] | None,
     dropout_p: float,
+    attention: Callable[..., tuple[Tensor, Tensor]] = whole_attention,
 ) -> tuple[Tensor, None]:
     """As `dense_attention`, without weights, over the pattern's pairs alone."""
     pattern = Full() if pattern is None else pattern
@@ -288,8 +320,21 @@ def _fused_attention(
         query, key, value, pattern, key_padding_mask=masks.padding, bias=bias, **options
     )
     if added is not None:
-        output, _ = merge(output, lse, *attention(query, *added, Full(), **options))
+        output, _ = merge(output, lse, *whole_attention(query, *added, Full(), **options))
     return output, None
+
+
+def _check_context_parallel(need_weights: bool, masks: Masks) -> None:
+    if need_weights:
+        raise NotImplementedError(
+            "sparse_attn: expected need_weights=False with context_parallel_group, got True"
+        )
+    if masks.excluded is not None or masks.bias is not None:
+        raise NotImplementedError(
+            "sparse_attn: expected no attn_mask with context_parallel_group but the causal one by "
+            "is_causal, and a key_padding_mask of dtype bool, got another one: say it by the "
+            "pattern"
+        )
 
 
 def _keep_off_fast_path(module: nn.Module, args: Any) -> None:

@@ -21,6 +21,7 @@ from sparse_attn.patterns.arguments import check_sizes, index
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from sparse_attn.distributed.communication import Communication
     from sparse_attn.patterns.receptive_field import ReceptiveField
 
 
@@ -223,6 +224,58 @@ class Pattern:
         """
         sizes = check_sizes(n_q, n_k)
         return ops._pattern_plan(self.encode(), self.tensors(*sizes), *sizes)
+
+    def communication(
+        self,
+        n: int | Sequence[int],
+        ranks: int | None = None,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        heads_kv: int | None = None,
+        head_dim: int = 64,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Communication:
+        """What `sparse_attn.distributed.context_parallel_attention` sends, before anything runs.
+
+        Args:
+            n: Length of the sequence, split as evenly as can be; or the lengths of the shards.
+            ranks: Number of ranks; that of the shards if n lists them.
+            batch: Examples.
+            heads: Of the queries.
+            heads_kv: Of keys and values; as many as heads if None.
+            head_dim: Size of queries and keys.
+            value_dim: Size of values; head_dim if None.
+            dtype: Of queries, keys and values.
+
+        Returns:
+            A `Communication`: bytes sent and received by each rank, forward and backward, beside
+            those of an all-gather and of a ring.
+
+        Raises:
+            TypeError: A number is no int.
+            ValueError: A number is too small, ranks and n differ, or a token does not exist.
+
+        >>> sparse = Window(256).communication(65536, ranks=4)
+        >>> sparse.keys, sparse.received  # halos: 256 keys and values from each neighbor
+        ((256, 512, 512, 256), (131072, 262144, 262144, 131072))
+        >>> sparse.all_gather, sparse.all_keys
+        (25165824, False)
+        """
+        from sparse_attn.distributed.communication import communication  # needs Pattern itself
+
+        return communication(
+            self,
+            n if isinstance(n, int) else tuple(n),
+            ranks,
+            batch=batch,
+            heads=heads,
+            heads_kv=heads_kv,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            dtype=dtype,
+        )
 
     def receptive_field(self, n: int, layers: int | Sequence[Pattern]) -> ReceptiveField:
         """How far information travels through stacked layers of attention.

@@ -85,8 +85,32 @@ void test_malformed_words() {
       {6, 0},
       {4, 1, 6, 1, 1, 1, 1, 1},  // PerHead inside a union
       {6, 1, 6, 1, 1, 1, 1, 1},  // PerHead inside a PerHead
+      {17, 4, 4, 0, 0},
+      {17, 4, 4, 0, 0, 0},
+      {17, 4, 4, 9, 0, 0, 1, 1, 1, 1},
+      {4, 1, 17, 4, 4, 0, 0, 0, 1, 1, 1, 1},               // a part inside a union
+      {17, 4, 4, 0, 0, 0, 17, 4, 4, 0, 0, 0, 1, 1, 1, 1},  // a part of a part
   };
   for (const Words& words : malformed) CHECK_THROWS(parsed(words), std::invalid_argument);
+
+  // Parts whose runs are not in the sequence, overlap, or do not fit to the sizes.
+  const std::vector<Words> misplaced{
+      {-1, 4, 0, 0, 0},
+      {4, INT64_MAX, 0, 0, 0},
+      {4, 4, 1, 0, 5, 1, 0, 0, 4, 0},
+      {4, 4, 1, 3, 3, 1, 0, 0, 4, 0},
+      {4, 4, 2, 2, 3, 1, 2, 1, 0, 0, 4, 0},
+      {4, 4, 1, 0, 4, 1, -1, 0, 4, 0},
+      {4, 4, 1, 0, 4, 2, 0, 0, 2, 1, 2, 4, 0},
+      {4, 4, 1, 0, 4, 1, 0, 0, 4, 1, 0, 5},
+      {4, 4, 1, 0, 3, 1, 0, 0, 4, 0},
+      {4, 4, 1, 0, 4, 1, 1, 0, 4, 0},
+  };
+  for (Words words : misplaced) {
+    words.insert(words.begin(), 17);
+    words.insert(words.end(), {1, 1, 1, 1});
+    CHECK_THROWS(expand(parsed(words), {4, 4}), std::invalid_argument);
+  }
 
   const auto nested = [](int depth) {
     Words words;

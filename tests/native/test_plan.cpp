@@ -2,6 +2,7 @@
 #include <memory>
 #include <thread>
 #include <tuple>
+#include <utility>
 
 #include "check.h"
 #include "patterns/union.h"
@@ -9,6 +10,7 @@
 #include "plan/lists.h"
 #include "plan/partition.h"
 #include "plan/plan.h"
+#include "plan/seen.h"
 #include "random_patterns.h"
 
 namespace {
@@ -245,6 +247,110 @@ void test_random_plans() {
     check_plan(expression, sizes, tile);
   }
   check::context.clear();
+}
+
+/// Ascending runs of some of `length` tokens: (start, stop).
+std::vector<std::pair<std::int64_t, std::int64_t>> some_tokens(Random& random,
+                                                               std::int64_t length) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> runs;
+  std::int64_t at = random.chance(50) ? 0 : random.between(0, length / 2);
+  while (at < length) {
+    const std::int64_t stop = random.chance(30) ? length : random.between(at + 1, length);
+    runs.push_back({at, stop});
+    at = stop + random.between(1, length);
+  }
+  return runs;
+}
+
+/// A part of a sequence: its words, and the token of each place.
+struct PlacedTokens {
+  Expression expression;
+  std::vector<std::int64_t> queries, keys;  // -1 where there is none
+  std::vector<char> blind;                  // by query of the whole
+};
+
+PlacedTokens random_part(Random& random, const Expression& whole, Sizes sizes) {
+  PlacedTokens part;
+  std::vector<std::int64_t> words{sizes.n_q, sizes.n_k};
+  const auto queries = some_tokens(random, sizes.n_q), keys = some_tokens(random, sizes.n_k);
+  words.push_back(static_cast<std::int64_t>(queries.size()));
+  for (const auto& [start, stop] : queries) {
+    words.insert(words.end(), {start, stop});
+    for (std::int64_t token = start; token < stop; ++token) part.queries.push_back(token);
+  }
+  words.push_back(static_cast<std::int64_t>(keys.size()));
+  for (const auto& [start, stop] : keys) {
+    const auto gap = index(random.chance(40) ? random.between(0, 9) : 0);
+    part.keys.insert(part.keys.end(), gap, -1);
+    words.insert(words.end(), {static_cast<std::int64_t>(part.keys.size()), start, stop});
+    for (std::int64_t token = start; token < stop; ++token) part.keys.push_back(token);
+  }
+  if (random.chance(30)) part.keys.push_back(-1);
+  part.blind.resize(index(sizes.n_q));
+  const auto blind = random.chance(40) ? some_tokens(random, sizes.n_q)
+                                       : std::vector<std::pair<std::int64_t, std::int64_t>>{};
+  words.push_back(static_cast<std::int64_t>(blind.size()));
+  for (const auto& [start, stop] : blind) {
+    words.insert(words.end(), {start, stop});
+    std::fill(part.blind.begin() + start, part.blind.begin() + stop, char{1});
+  }
+  part.expression = {Word::kPart, words, {whole}, 0};
+  return part;
+}
+
+/// Some queries against some keys have the pairs that the whole pattern gives them.
+void test_random_parts() {
+  Random random(4);
+  for (int i = 0; i < 900; ++i) {
+    const Sizes whole = random_sizes(random, i % 8 == 0 ? 300 : i % 2 == 0 ? 90 : 20);
+    const Expression expression = random_expression(random, whole.n_k);
+    const PlacedTokens part = random_part(random, expression, whole);
+    const auto words = encode(part.expression);
+    CHECK(encode(parse(words.data(), static_cast<std::int64_t>(words.size()))) == words);
+    const Sizes sizes{static_cast<std::int64_t>(part.queries.size()),
+                      static_cast<std::int64_t>(part.keys.size())};
+    check::context = to_string(part.expression, sizes);
+    std::vector<char> pairs;
+    Seen expected{std::vector<std::uint8_t>(part.queries.size()),
+                  std::vector<std::uint8_t>(part.keys.size())};
+    for (std::size_t q = 0; q < part.queries.size(); ++q) {
+      for (std::size_t k = 0; k < part.keys.size(); ++k) {
+        const std::int64_t query = part.queries[q], key = part.keys[k];
+        const bool sees_it =
+            key >= 0 && !part.blind[index(query)] && sees(expression, whole, query, key);
+        pairs.push_back(sees_it);
+        expected.queries[q] |= sees_it;
+        expected.keys[k] |= sees_it;
+      }
+    }
+    const Terms terms = expand(part.expression, sizes);
+    const Plan plan = build_plan(terms, sizes, random.pick(kTileShapes));
+    check_plan(plan, pairs);
+    check_plan(build_plan(terms, sizes, random.pick(kTileShapes), Listing::kAll), pairs);
+    check_plan(choose_plan(terms, sizes), pairs);
+    Seen seen;
+    add_seen(plan, seen);
+    CHECK(seen.queries == expected.queries);
+    CHECK(seen.keys == expected.keys);
+  }
+  check::context.clear();
+}
+
+/// A dilated window keeps its order where residue classes are the same in both numberings.
+void test_classes_of_parts() {
+  const auto first_step = [](std::int64_t first_query, std::int64_t first_place) {
+    const Expression part{Word::kPart,
+                          {100, 100, 1, first_query, first_query + 20, 1, first_place, 12, 42, 0},
+                          {window(9, 9, 3)},
+                          0};
+    const Sizes sizes{20, first_place + 30};
+    const Plan plan = build_plan(expand(part, sizes), sizes, {});
+    return plan.passes[0].step;
+  };
+  // The first query stands at position first_place + 10, key 12 at first_place.
+  CHECK_EQUAL(first_step(40, 0), 3);
+  CHECK_EQUAL(first_step(40, 5), 3);
+  CHECK_EQUAL(first_step(41, 0), 1);
 }
 
 /// Those that users write, at lengths around the tile's.
@@ -645,6 +751,8 @@ void test_cache_from_several_threads() {
 int main() {
   test_usual_plans();
   test_random_plans();
+  test_random_parts();
+  test_classes_of_parts();
   test_plans_of_tensors();
   test_schedules();
   test_shares_are_even();

@@ -1,0 +1,7 @@
+"""Attention over sequences that are sharded over the ranks of a torch.distributed group."""
+
+from sparse_attn.distributed.attention import context_parallel_attention
+from sparse_attn.distributed.communication import Communication
+from sparse_attn.distributed.exchange import Traffic, count_traffic
+
+__all__ = ["Communication", "Traffic", "context_parallel_attention", "count_traffic"]
