@@ -68,8 +68,6 @@ class Producer {
   using Copies = TileCopies<S, kHeadSize>;
 
  public:
-  static constexpr int kBytes = kEvaluates ? kMostCovers : 0;  // of shared memory
-
   __device__ Producer(const Sm90Arguments& a, const Shared& shared) : a_(a), shared_(shared) {}
 
   /// `keeps`: see for_each_task().

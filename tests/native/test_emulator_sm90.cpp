@@ -473,7 +473,7 @@ void test_broken_threads() {
       if (thread < 32) sync_some(2, 64);
     });
   });
-  check_dies("no thread can go on: 3 at any_lane; 29 at the end;", [] {
+  check_dies("no thread can go on: 3 at ballot; 29 at the end;", [] {
     run_threads<32>([](int thread) {
       if (thread < 3) any_lane(true);
     });
