@@ -146,10 +146,10 @@ class Sm90Backward {
       pin(dp_);
       logit_gradients(shared_.note(x));
       Products::as_operand(ds_, dp_);
-      start_sum(sum_x_, ds_, x);
+      Products::start_columns(sum_x_, ds_, shared_.other().tile(x));
       if constexpr (!kByRows) {
         Products::as_operand(p_, s_);
-        start_sum(sum_y_, p_, y);
+        Products::start_columns(sum_y_, p_, shared_.other().tile(y));
       }
     }
 
@@ -172,22 +172,11 @@ class Sm90Backward {
     }
     __device__ void start_product(Logits& d, Operand which, const Place& place) {
       const char* other = shared_.other().tile(place);
-      pin(d);
-      wgmma_fence();
       if constexpr (kByRows) {
-        Products::rows_by_rows(d, which == Operand::kX ? own_x_ : own_y_, other);
+        Products::start_rows(d, which == Operand::kX ? own_x_ : own_y_, other);
       } else {
-        Products::rows_by_rows(d, own_tile(which), other);
+        Products::start_rows(d, own_tile(which), other);
       }
-      wgmma_commit();
-    }
-
-    __device__ void start_sum(Sums& sums, typename Products::Operand& p, const Place& place) {
-      pin(sums);
-      pin(p);
-      wgmma_fence();
-      Products::add_by_columns(sums, p, shared_.other().tile(place));
-      wgmma_commit();
     }
 
     // ---- elements -----------------------------------------------------------------------------

@@ -98,19 +98,12 @@ class Sm90Forward {
     __device__ void start_logits(const Work& work) {
       const bool all[2] = {true, true};
       this->load_words(work, shared_.note(place_), all);
-      pin(s_);
-      wgmma_fence();
-      Products::rows_by_rows(s_, q_, shared_.other().tile(place_));
-      wgmma_commit();
+      Products::start_rows(s_, q_, shared_.other().tile(place_));
     }
 
     __device__ void start_output(const Place& values) {
       shared_.other().await_full(values);
-      pin(o_);
-      pin(p_);
-      wgmma_fence();
-      Products::add_by_columns(o_, p_, shared_.other().tile(values));
-      wgmma_commit();
+      Products::start_columns(o_, p_, shared_.other().tile(values));
     }
     __device__ void finish_output(const Place& values) {
       wgmma_wait<0>();

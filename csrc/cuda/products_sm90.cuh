@@ -87,6 +87,23 @@ struct WarpgroupProducts {
     }
   }
 
+  /// Starts d = own · otherᵀ, a group of its own.
+  template <class Own>
+  static __device__ void start_rows(Logits& d, const Own& own, const char* other) {
+    pin(d);
+    wgmma_fence();
+    rows_by_rows(d, own, other);
+    wgmma_commit();
+  }
+  /// Starts sum += p · other, likewise.
+  static __device__ void start_columns(Sums& sum, Operand& p, const char* other) {
+    pin(sum);
+    pin(p);
+    wgmma_fence();
+    add_by_columns(sum, p, other);
+    wgmma_commit();
+  }
+
   static __device__ void as_operand(Operand& p, const Logits& d) {
 #pragma unroll
     for (int step = 0; step < kStepsOfTile; ++step) F::as_a(p[step], &d[2 * step]);

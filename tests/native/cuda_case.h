@@ -111,4 +111,17 @@ inline Results run(const cuda::Kernels& kernels, Case& c) {
   return results;
 }
 
+/// Forward and backward of kernels that are to be those of that name, twice: the bits are the same
+/// whatever the order of threads and blocks.
+inline void check_case(const cuda::Kernels& kernels, const std::string& path, Case& c) {
+  c.precision = precision_of(kernels, c.type);
+  check::context = std::string(kernels.path) + ", " + c.to_string();
+  CHECK_EQUAL(std::string(kernels.path), path);
+  const Results results = run(kernels, c);
+  CHECK(run(kernels, c) == results);
+  check_forward(c, results);
+  check_backward(c, results);
+  check::context.clear();
+}
+
 }  // namespace attention

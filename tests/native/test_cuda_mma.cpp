@@ -10,15 +10,7 @@ constexpr cuda::Device kAmpere{80, 163 * 1024};
 
 void check_case(Case& c) {
   const std::int64_t size = std::max(c.shape.head_dim, c.shape.value_dim);
-  const cuda::Kernels& kernels = cuda::kernels_for({c.type, size, true, true, kAmpere});
-  c.precision = precision_of(kernels, c.type);
-  check::context = std::string(kernels.path) + ", " + c.to_string();
-  CHECK_EQUAL(std::string(kernels.path), "mma");
-  const Results results = run(kernels, c);
-  CHECK(run(kernels, c) == results);  // whatever the order of threads and blocks
-  check_forward(c, results);
-  check_backward(c, results);
-  check::context.clear();
+  check_case(cuda::kernels_for({c.type, size, true, true, kAmpere}), "mma", c);
 }
 
 constexpr DataType kTypes[] = {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32};

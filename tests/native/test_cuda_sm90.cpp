@@ -14,15 +14,7 @@ constexpr DataType kTypes[] = {DataType::kBFloat16, DataType::kFloat16};
 
 void check_case(Case& c) {
   const std::int64_t size = std::max(c.shape.head_dim, c.shape.value_dim);
-  const cuda::Kernels& kernels = cuda::kernels_for({c.type, size, false, false, kHopper});
-  c.precision = precision_of(kernels, c.type);
-  check::context = std::string(kernels.path) + ", " + c.to_string();
-  CHECK_EQUAL(std::string(kernels.path), "sm90");
-  const Results results = run(kernels, c);
-  CHECK(run(kernels, c) == results);  // whatever the order of threads and blocks
-  check_forward(c, results);
-  check_backward(c, results);
-  check::context.clear();
+  check_case(cuda::kernels_for({c.type, size, false, false, kHopper}), "sm90", c);
 }
 
 Case case_of(Random& random, DataType type, Sizes sizes, std::int64_t size,
