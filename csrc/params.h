@@ -6,6 +6,7 @@
 
 #include "logit.h"
 #include "plan/schedule.h"
+#include "whole.h"
 
 namespace sparse_attn {
 
@@ -17,21 +18,6 @@ struct TensorView {
   std::int64_t batch_stride = 0;
   std::int64_t head_stride = 0;
   std::int64_t row_stride = 0;
-};
-
-/// The queries and keys of a part of a sequence by their numbers in the whole: what tables and
-/// dropout go by. Null where a call is about all of it.
-struct WholeTokens {
-  const std::int64_t* queries = nullptr;  // (n_q)
-  const std::int64_t* keys = nullptr;     // (n_k)
-  std::int64_t offset = 0;                // query i of the whole stands at position i + offset
-
-  SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t query(std::int64_t i) const {
-    return queries ? queries[i] : i;
-  }
-  SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t key(std::int64_t i) const {
-    return keys ? keys[i] : i;
-  }
 };
 
 /// "Real" below is double for float64 tensors and float for all others.
@@ -56,7 +42,12 @@ struct AttentionParams {
   WholeTokens whole;
   /// Of positions from the numbers of queries in the whole.
   SPARSE_ATTN_HOST_DEVICE_INLINE std::int64_t offset() const {
-    return whole.queries ? whole.offset : n_k - n_q;
+    return whole.queries ? whole.n_k - whole.n_q : n_k - n_q;
+  }
+  /// Query i and key j of the call by their numbers in the whole.
+  SPARSE_ATTN_HOST_DEVICE_INLINE PairPlace place(std::int64_t i, std::int64_t j) const {
+    const std::int64_t number = whole.query(i);
+    return {number, number + offset(), whole.key(j)};
   }
 
   const PlanView* const* plans = nullptr;  // (batch, heads)

@@ -196,6 +196,7 @@ def _shape(n_q: int, n_k: int | None = None, **sizes: int) -> cases.Shape:
     return cases.Shape(n_q=n_q, n_k=n_k, head_dim=8, **sizes)
 
 
+_WIDE = cases.Shape(n_q=203, head_dim=64)
 _GLOBAL = "Window(9) | Global([3, -1])"
 _DILATED = "Window(9, dilation=3) | Global([3])"
 CASES = {
@@ -256,6 +257,19 @@ CASES = {
     "mostly_global": Case("Global(list(range(60)))"),
     "float32": Case(_GLOBAL, dtype=torch.float32),
     "bfloat16": Case(_GLOBAL, dtype=torch.bfloat16),
+    "bfloat16_dropout": Case(_GLOBAL, dtype=torch.bfloat16, global_mask=True, dropout=True),
+    "bfloat16_slots": Case(
+        _DILATED, _WIDE, torch.bfloat16, tables={"bias": "normal(heads, n_q, 19)"}, rows=("bias",)
+    ),
+    "bfloat16_blocks": Case(
+        _GLOBAL, _WIDE, torch.bfloat16, tables={"gate": ("normal(1, heads, 29, 29)", 7)}
+    ),
+    "bfloat16_layout": Case(
+        "BlockLayout(bits(blocks(n_q, 16), blocks(n_k, 16)), 16)", _WIDE, torch.bfloat16
+    ),
+    "bfloat16_lists": Case(
+        "KeyLists(numbers(n_q, 5, below=n_k)) | Window(3, dilation=2)", _WIDE, torch.bfloat16
+    ),
 }
 
 

@@ -85,7 +85,6 @@ class Consumer {
     const ProgramOfHead program = program_of(a_, work);
     const Tile &own = work.own_tile(number_), &other = work.other_tile(other_tile);
     const std::int64_t* list = work.pass->token_list;
-    const std::int64_t offset = a_.call.n_k - a_.call.n_q;
     if (row(half) >= own.count) return 0;
     const std::int64_t mine = token(own, list, row(half));
     std::uint64_t word = 0;
@@ -94,8 +93,7 @@ class Consumer {
       const int column = fragment_column(i / 2, i % 2);
       if (column >= other.count) break;
       const std::int64_t its = token(other, list, column);
-      const bool allowed =
-          kByRows ? program.allows(mine + offset, its) : program.allows(its + offset, mine);
+      const bool allowed = kByRows ? program.allows(mine, its) : program.allows(its, mine);
       word |= static_cast<std::uint64_t>(allowed) << column;
     }
     return word;

@@ -86,15 +86,15 @@ struct FilterLists : RowKernel {
         f.arguments.passes[batch % f.arguments.plan_batch * f.arguments.plan_heads +
                            head / (call.heads / f.arguments.plan_heads)];
     std::int32_t* items = f.items + row * f.width + f.first_column;
-    const std::int64_t offset = call.n_k - call.n_q;
-    const ProgramOfHead program(pass, f.arguments.tensors, batch, head, offset);
+    const std::int64_t n_k = f.places ? call.whole.n_k : call.n_k;  // that lists are of
+    const ProgramOfHead program(pass, f.arguments, batch, head);
     const std::int64_t* keys = pass.program == nullptr ? nullptr : program.first_list(query);
     for (std::int64_t i = lane_number(); i < f.columns; i += kWarp) {
       // A key that is repeated counts once; those beyond the last fill the row up.
-      bool allowed = keys != nullptr && i < program.first_list_columns() && keys[i] < call.n_k &&
-                     (i == 0 || keys[i] != keys[i - 1]);
-      allowed = allowed && program.allows(query + offset, keys[i]);
-      items[i] = allowed ? static_cast<std::int32_t>(keys[i]) : -1;
+      const bool counts = keys != nullptr && i < program.first_list_columns() && keys[i] < n_k &&
+                          (i == 0 || keys[i] != keys[i - 1]);
+      const std::int64_t key = !counts ? -1 : f.places ? f.places[keys[i]] : keys[i];
+      items[i] = key >= 0 && program.allows(query, key) ? static_cast<std::int32_t>(key) : -1;
     }
   }
 };

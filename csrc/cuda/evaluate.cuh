@@ -11,15 +11,7 @@ namespace sparse_attn::cuda {
 
 /// The program of the block's pass.
 __device__ inline ProgramOfHead program_of(const Arguments& a, const Work& work) {
-  return {*work.pass, a.tensors, work.batch, work.head, a.call.n_k - a.call.n_q};
-}
-
-__device__ inline TileBounds bounds_of(const Arguments& a, const Work& work, const Tile& rows,
-                                       const Tile& keys) {
-  const std::int64_t* list = work.pass->token_list;
-  const std::int64_t offset = a.call.n_k - a.call.n_q;
-  return {token(rows, list, 0) + offset, token(rows, list, rows.count - 1) + offset,
-          token(keys, list, 0), token(keys, list, keys.count - 1)};
+  return {*work.pass, a, work.batch, work.head};
 }
 
 /// Writes the covers of the task's visits to shared memory, kMostCovers bytes, by the first threads
@@ -38,7 +30,7 @@ __device__ inline void load_covers(std::uint8_t* covers, const Arguments& a, con
         const Tile &own = work.own_tile(g), &other = work.other_tile(run.tile + i);
         const bool by_rows = work.side == Side::kRows;
         const TileCover c =
-            program.cover(bounds_of(a, work, by_rows ? own : other, by_rows ? other : own));
+            program.cover(by_rows ? own : other, by_rows ? other : own, work.pass->token_list);
         cover |= (c.none ? 0 : c.all ? kAllOfTile : kSomeOfTile) << kCoverBits * g;
       }
       covers[before + i] = static_cast<std::uint8_t>(cover);
@@ -55,14 +47,13 @@ __device__ inline void evaluate_words(std::uint64_t* words, const Arguments& a, 
   const ProgramOfHead program = program_of(a, work);
   const std::uint8_t* padding = padding_of(a.call, work.batch);
   const std::int64_t* list = work.pass->token_list;
-  const std::int64_t offset = a.call.n_k - a.call.n_q;
   for (int i = static_cast<int>(threadIdx.x); i < 2 * kMaxTile; i += static_cast<int>(blockDim.x)) {
     const int k = i % kMaxTile, first = i / kMaxTile * kHalf;
     std::uint32_t bits = 0;
     const std::int64_t key = k < keys.count ? token(keys, list, k) : -1;
     if (key >= 0 && (padding == nullptr || padding[key] == 0)) {
       for (int r = first; r < first + kHalf && r < rows.count; ++r) {
-        const bool allowed = program.allows(token(rows, list, r) + offset, key);
+        const bool allowed = program.allows(token(rows, list, r), key);
         bits |= static_cast<std::uint32_t>(allowed) << (r - first);
       }
     }

@@ -46,9 +46,11 @@ struct GlobalPass {
   }
 };
 
-/// Picks from lists of keys those that a part of the pattern allows.
+/// Picks from lists of keys those that the pattern allows.
 struct ListFilter {
-  Arguments arguments;  // passes of the part, tensors, sizes
+  Arguments arguments;  // passes of these lists, tensors, sizes
+  /// Of a part of a sequence: where each key of the whole stands in it, or -1; else null.
+  const std::int64_t* places = nullptr;
   std::int32_t* items =
       nullptr;  // (plan_batch, plan_heads or heads, n_q, width): -1 if not allowed
   std::int64_t width = 0;

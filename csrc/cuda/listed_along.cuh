@@ -217,7 +217,7 @@ struct ListedTableSums : RowKernel {
     const PartialTable partial(a);
     for (std::int64_t item = partial.begin; item < partial.end; ++item) {
       const HeadWork at = partial.place(a, item);
-      if (at.number < partial.first_row || at.number >= partial.end_row) continue;
+      if (!partial.has(a.sweep.call, at.number, at.number)) continue;
       for_each_term<S>(a, at, [&](const SlotWindow& window, const PairPlace& place, T term) {
         const std::int64_t offset = table_offset(partial.layout, window, place);
         if (lane_number() != 0 || offset < 0) return;

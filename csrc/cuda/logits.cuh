@@ -26,7 +26,7 @@ class HeadLogits {
         gate_(first_number(call.modifiers.gate, batch, head)) {}
 
   __device__ PairPlace pair(std::int64_t query, std::int64_t key) const {
-    return {query, query + call_.n_k - call_.n_q, key};
+    return call_.place(query, key);
   }
 
   /// Products q · k become logits, and `slopes` their derivatives in scale · q · k.
@@ -137,15 +137,18 @@ __device__ inline void weigh(T (&weights)[kRows][kCount], const T (&p)[kRows][kC
 /// The draws of one head of queries.
 class HeadDropout {
  public:
+  const WholeTokens& whole;
+
   __device__ HeadDropout(const AttentionParams& call, std::int64_t batch, std::int64_t head)
-      : rule_{static_cast<std::uint64_t>(*call.modifiers.dropout_seed),
+      : whole(call.whole),
+        rule_{static_cast<std::uint64_t>(*call.modifiers.dropout_seed),
               dropout_threshold(call.modifiers.dropout_p)},
         head_(batch * call.heads + head) {}
 
   __device__ bool keeps(std::int64_t query, std::int64_t key) const {
-    return rule_.keeps(head_, query, key);
+    return rule_.keeps(head_, whole.query(query), whole.key(key));
   }
-  /// A bit for each key of the aligned run that `key` is in.
+  /// A bit for each key of the aligned run that `key` is in, by numbers of the whole.
   __device__ unsigned kept_of_run(std::int64_t query, std::int64_t key) const {
     const Random4 random = rule_.draw(head_, query, key);
     unsigned bits = 0;
@@ -188,12 +191,13 @@ __device__ inline void load_keeps(std::uint64_t* words, const HeadDropout& dropo
     const int r = of_rows.first + i / row_bytes;
     const int first = of_keys.first + i % row_bytes * kDropoutKeys;
     if (r >= rows.count) continue;
-    const std::int64_t query = token(rows, list, r);
+    const std::int64_t query = dropout.whole.query(token(rows, list, r));
     std::int64_t run = -1;
     unsigned of_run = 0, kept = 0;
 #pragma unroll 1
     for (int k = first; k < first + kDropoutKeys && k < keys.count; ++k) {
-      const std::int64_t key = token(keys, list, k);
+      const std::int64_t key = dropout.whole.key(token(keys, list, k));
+      if (key == kNoToken) continue;
       if (key / kDropoutKeys != run) {
         run = key / kDropoutKeys;
         of_run = dropout.kept_of_run(query, key);

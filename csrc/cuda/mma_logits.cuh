@@ -1,6 +1,7 @@
 // Logits that are more than scaled products, and dropout, in the fragments of a step.
 #pragma once
 
+#include "cuda/fragments.cuh"
 #include "cuda/logits.cuh"
 #include "cuda/mma.cuh"
 
@@ -15,12 +16,8 @@ struct FragmentPlace {
   int first_column;
   unsigned active;
 
-  __device__ int row(int i) const {
-    return first_row + static_cast<int>(threadIdx.x) % 32 / 4 + i / 2 * 8;
-  }
-  __device__ int column(int n, int i) const {
-    return first_column + 8 * n + 2 * (static_cast<int>(threadIdx.x) % 4) + i % 2;
-  }
+  __device__ int row(int i) const { return fragment_row(first_row, i / 2); }
+  __device__ int column(int n, int i) const { return first_column + fragment_column(n, i); }
   /// A number beyond the end takes the last token's place.
   __device__ std::int64_t token_at(const Tile& tile, int i) const {
     return token(tile, work.pass->token_list, i < tile.count ? i : tile.count - 1);

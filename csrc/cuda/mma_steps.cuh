@@ -2,6 +2,7 @@
 // the masks of a step.
 #pragma once
 
+#include "cuda/fragments.cuh"
 #include "cuda/tiles.cuh"
 
 namespace sparse_attn::cuda {
@@ -42,14 +43,12 @@ class TaskSteps {
 template <int kTiles>
 __device__ inline void mask_columns(float (&s)[kTiles][4], const std::uint64_t* words,
                                     int first_row) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const std::uint64_t word = words[8 * n + 2 * (lane % 4) + i % 2];
-      const auto rows = static_cast<std::uint32_t>(word >> first_row);
-      if (!(rows >> (lane / 4 + i / 2 * 8) & 1)) s[n][i] = -kInfinity;
+      const auto rows = static_cast<std::uint32_t>(words[fragment_column(n, i)] >> first_row);
+      if (!(rows >> fragment_row(0, i / 2) & 1)) s[n][i] = -kInfinity;
     }
   }
 }

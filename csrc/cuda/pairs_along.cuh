@@ -50,7 +50,7 @@ class HeadAlong {
         gate_dot_(call.gate_tangent, batch, head) {}
 
   __device__ PairPlace place(std::int64_t query, std::int64_t key) const {
-    return {query, query + call_.n_k - call_.n_q, key};
+    return call_.place(query, key);
   }
   __device__ const SlotWindow& window() const { return window_; }
 

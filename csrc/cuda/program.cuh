@@ -21,15 +21,52 @@ struct TileBounds {
   std::int64_t first_key, last_key;
 };
 
-/// The program of one head, with its tensors.
+/// The program of one head, with its tensors. Queries and keys are those of the call; what it says
+/// of them goes by their numbers in the whole.
 class ProgramOfHead {
  public:
-  /// `offset` is the position of the first query.
-  __device__ ProgramOfHead(const GridPass& pass, const ProgramTensor* tensors, std::int64_t batch,
-                           std::int64_t head, std::int64_t offset)
-      : pass_(pass), tensors_(tensors), batch_(batch), head_(head), offset_(offset) {}
+  __device__ ProgramOfHead(const GridPass& pass, const Arguments& a, std::int64_t batch,
+                           std::int64_t head)
+      : pass_(pass), call_(a.call), tensors_(a.tensors), batch_(batch), head_(head) {}
 
-  __device__ bool allows(std::int64_t position, std::int64_t key) const {
+  __device__ bool allows(std::int64_t query, std::int64_t key) const {
+    const PairPlace at = call_.place(query, key);
+    return at.key != kNoToken && allows_at(at.position, at.key);
+  }
+
+  /// Of a program that begins with kLists: a query's row of that tensor, with keys of the whole.
+  __device__ const std::int64_t* first_list(std::int64_t query) const {
+    const ProgramTensor& tensor = tensors_[pass_.program[0].lists.tensor];
+    return static_cast<const std::int64_t*>(data(tensor)) +
+           call_.whole.query(query) * tensor.columns;
+  }
+  __device__ std::int64_t first_list_columns() const {
+    return tensors_[pass_.program[0].lists.tensor].columns;
+  }
+
+  /// Of two tiles with the tokens of a list. Exact where it says none or all; some where corners do
+  /// not tell.
+  __device__ TileCover cover(const Tile& rows, const Tile& keys, const std::int64_t* list) const {
+    const auto position = [&](int i) {
+      return call_.whole.query(token(rows, list, i)) + call_.offset();
+    };
+    const auto key = [&](int i) { return call_.whole.key(token(keys, list, i)); };
+    int first = 0, last = keys.count - 1, gaps = 0;
+    if (call_.whole.keys != nullptr) {
+      for (int i = 0; i < keys.count; ++i) gaps += key(i) == kNoToken;
+      while (first < last && key(first) == kNoToken) ++first;
+      while (last > first && key(last) == kNoToken) --last;
+    }
+    if (gaps == keys.count) return {true, false};
+    const TileCover c =
+        cover_within({position(0), position(rows.count - 1), key(first), key(last)});
+    return {c.none, c.all && gaps == 0};
+  }
+
+ private:
+  using Kind = Instruction::Kind;
+
+  __device__ bool allows_at(std::int64_t position, std::int64_t key) const {
     std::uint64_t stack = 0;  // the topmost bit is the lowest
     for (std::int32_t i = 0; i < pass_.program_size; ++i) {
       const Instruction& step = pass_.program[i];
@@ -50,17 +87,7 @@ class ProgramOfHead {
     return (stack & 1) != 0;
   }
 
-  /// Of a program that begins with kLists: a query's row of that tensor.
-  __device__ const std::int64_t* first_list(std::int64_t query) const {
-    const ProgramTensor& tensor = tensors_[pass_.program[0].lists.tensor];
-    return static_cast<const std::int64_t*>(data(tensor)) + query * tensor.columns;
-  }
-  __device__ std::int64_t first_list_columns() const {
-    return tensors_[pass_.program[0].lists.tensor].columns;
-  }
-
-  /// Exact where it says none or all; some where corners do not tell.
-  __device__ TileCover cover(const TileBounds& tile) const {
+  __device__ TileCover cover_within(const TileBounds& tile) const {
     std::uint64_t none = 0, all = 0;
     for (std::int32_t i = 0; i < pass_.program_size; ++i) {
       const Instruction& step = pass_.program[i];
@@ -89,9 +116,6 @@ class ProgramOfHead {
     return {(none & 1) != 0, (all & 1) != 0};
   }
 
- private:
-  using Kind = Instruction::Kind;
-
   __device__ bool rule(const Instruction& step, std::int64_t position, std::int64_t key) const {
     switch (step.kind) {
       case Kind::kTrue:
@@ -117,7 +141,7 @@ class ProgramOfHead {
       case Kind::kLists: {
         const ProgramTensor& tensor = tensors_[step.lists.tensor];
         const auto* rows = static_cast<const std::int64_t*>(data(tensor));
-        return is_among(rows + (position - offset_) * tensor.columns, tensor.columns, key);
+        return is_among(rows + (position - call_.offset()) * tensor.columns, tensor.columns, key);
       }
       case Kind::kGlobalKey:
         return static_cast<const std::uint8_t*>(data(tensors_[step.global_key.tensor]))[key] != 0;
@@ -132,7 +156,8 @@ class ProgramOfHead {
   }
   __device__ LayoutRule layout(const LayoutOf& of) const {
     const ProgramTensor& tensor = tensors_[of.tensor];
-    return {static_cast<const std::uint8_t*>(data(tensor)), tensor.columns, of.block, offset_};
+    return {static_cast<const std::uint8_t*>(data(tensor)), tensor.columns, of.block,
+            call_.offset()};
   }
 
   __device__ TileCover cover_of(const Instruction& step, const TileBounds& tile) const {
@@ -182,8 +207,9 @@ class ProgramOfHead {
   }
 
   const GridPass& pass_;
+  const AttentionParams& call_;
   const ProgramTensor* const tensors_;
-  const std::int64_t batch_, head_, offset_;
+  const std::int64_t batch_, head_;
 };
 
 }  // namespace sparse_attn::cuda

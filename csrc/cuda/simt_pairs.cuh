@@ -72,10 +72,11 @@ class SimtPairs {
     tiles.load_words(keys, at);
   }
 
-  /// Leaves out rows of the own tile that are not in [begin, end).
-  __device__ void keep_rows(std::int64_t begin, std::int64_t end) {
+  /// Leaves out rows of the own tile whose query is not one of those that count.
+  template <class Counts>
+  __device__ void keep_rows(Counts counts) {
     const int i = static_cast<int>(threadIdx.x);
-    if (i < kMaxTile && (tiles.rows[i] < begin || tiles.rows[i] >= end)) tiles.rows[i] = -1;
+    if (i < kMaxTile && tiles.rows[i] >= 0 && !counts(tiles.rows[i])) tiles.rows[i] = -1;
   }
 
   __device__ void multiply_scores(PairProducts& d, const Head& of) {

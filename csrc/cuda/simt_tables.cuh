@@ -18,9 +18,8 @@ __device__ inline T table_term(const TableArguments& a, const GradientAlong<T>& 
 
 /// The partial table of a block: of a table's strip, or the rows that the block owns of it.
 struct PartialTable {
-  const std::int64_t number;        // of the table
-  std::int64_t begin, end;          // of the work: sharers x tasks
-  std::int64_t first_row, end_row;  // queries that count
+  const std::int64_t number;  // of the table
+  std::int64_t begin, end;    // of the work: sharers x tasks
   double* const sums;
   LogitTable layout;  // of the partial table, for table_offset()
 
@@ -36,8 +35,7 @@ struct PartialTable {
     first_table_row_ = owner * g.rows_of_owner;
     end_table_row_ = first_table_row_ + g.rows_of_owner;
     if (end_table_row_ > g.rows) end_table_row_ = g.rows;
-    first_row = g.owners == 1 ? 0 : first_table_row_ * layout.block;
-    end_row = g.owners == 1 ? a.sweep.call.n_q : end_table_row_ * layout.block;
+    is_owner_ = g.owners > 1;
     layout.row_stride = layout.kind == TableKind::kBlocks ? g.columns : 0;
     layout.column_stride = 1;
   }
@@ -50,6 +48,13 @@ struct PartialTable {
       sums[i] = 0.0;
     sync_threads();
   }
+  /// Whether it has a row for some query of the ascending ones from `first` to `last`.
+  __device__ bool has(const AttentionParams& call, std::int64_t first, std::int64_t last) const {
+    const auto row = [&](std::int64_t query) {
+      return (call.whole.query(query) - layout.first_query) / layout.block;
+    };
+    return !is_owner_ || (row(first) < end_table_row_ && row(last) >= first_table_row_);
+  }
   __device__ HeadWork place(const TableArguments& a, std::int64_t item) const {
     return HeadWork::of_head(a.sweep.call, Side::kRows, item % a.tasks,
                              a.gradient.head(number, item / a.tasks));
@@ -57,6 +62,7 @@ struct PartialTable {
 
  private:
   std::int64_t first_table_row_, end_table_row_;
+  bool is_owner_;
 };
 
 /// The gradients of a tile's logits (or gates) after the tile has been visited.
@@ -86,6 +92,8 @@ class TablePairs {
       }
     }
   }
+
+  __device__ const AttentionParams& call() const { return a_.sweep.call; }
 
   Pairs pairs;
   const typename Pairs::Head head;
@@ -157,8 +165,7 @@ class SimtTableSums {
     if (!work.found() || !work.has_visits()) return false;
     const Tile& rows = work.row_tile(0).rows;
     const std::int64_t* list = work.pass->token_list;
-    return token(rows, list, 0) < partial.end_row &&
-           token(rows, list, rows.count - 1) >= partial.first_row;
+    return partial.has(a.sweep.call, token(rows, list, 0), token(rows, list, rows.count - 1));
   }
 
   static __device__ void add_task(const TableArguments& a, const PartialTable& partial,
@@ -170,7 +177,8 @@ class SimtTableSums {
 
   __device__ SimtTableSums(const TableArguments& a, const PartialTable& partial, const Work& work)
       : partial_(partial), work_(work), tile_(a, work) {
-    tile_.pairs.keep_rows(partial.first_row, partial.end_row);
+    tile_.pairs.keep_rows(
+        [&](std::int64_t query) { return partial.has(a.sweep.call, query, query); });
   }
 
   __device__ void add() {
@@ -206,10 +214,11 @@ class SimtTableSums {
 
   // ---- slots ------------------------------------------------------------------------------------
 
-  /// Slots are the diagonals of tiles in equal steps. Elsewhere the keys of one row have different
-  /// ones, so the tile is taken row by row.
+  /// Slots are the diagonals of tiles in equal steps, which those of a part need not be in.
+  /// Elsewhere the keys of one row have different ones, so the tile is taken row by row.
   __device__ void add_slots(const Tile& rows, const Tile& keys) const {
-    const bool has_diagonals = rows.list < 0 && keys.list < 0 && rows.step == keys.step;
+    const bool has_diagonals = rows.list < 0 && keys.list < 0 && rows.step == keys.step &&
+                               tile_.call().whole.keys == nullptr;
     if (has_diagonals) {
       add_diagonal(keys.start - tile_.head.modifiers.place(rows.start, 0).position, rows.step);
       return;
@@ -255,7 +264,8 @@ class SimtTableSums {
   }
 
   __device__ std::int64_t block_of_key(int k) const {
-    const std::int64_t key = tile_.pairs.tiles.keys[k];
+    const std::int64_t place = tile_.pairs.tiles.keys[k];
+    const std::int64_t key = place < 0 ? place : tile_.call().whole.key(place);
     return key < 0 ? -1 : key / partial_.layout.block;
   }
   /// Whether the key has no other of its block before it, but for padded ones.
@@ -291,8 +301,8 @@ class SimtTableSums {
     std::int64_t at = -1;  // the entry that the sum is for
     for (int r = 0; r < kMaxTile; ++r) {
       if (rows[r] < 0) continue;
-      const std::int64_t entry =
-          table_offset(partial_.layout, tile_.head.modifiers.window(), {rows[r], 0, key});
+      const std::int64_t entry = table_offset(partial_.layout, tile_.head.modifiers.window(),
+                                              tile_.head.modifiers.place(rows[r], key));
       if (entry != at) {
         if (at >= 0) partial_.sums[at] += sum;
         at = entry;

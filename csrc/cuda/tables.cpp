@@ -25,8 +25,10 @@ TableGradient::TableGradient(const LogitTable& table_, bool of_gate_, const Atte
   if (table.kind == TableKind::kSlopes) columns = kSlopeSums;
   if (table.kind == TableKind::kSlots) columns = table.columns;
   if (table.kind == TableKind::kBlocks) {
-    rows = parts(call.n_q, table.block);
-    columns = parts(call.n_k, table.block);
+    // Tables of larger blocks are of the whole; those of single tokens have the part's queries.
+    const WholeTokens& whole = call.whole;
+    rows = parts(whole.queries && table.block > 1 ? whole.n_q : call.n_q, table.block);
+    columns = parts(whole.keys ? whole.n_k : call.n_k, table.block);
   }
   if (table.kind == TableKind::kBlocks && entries() > kMostStrippedEntries) {
     rows_of_owner = parts(kMaxTile, table.block);

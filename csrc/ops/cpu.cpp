@@ -74,7 +74,7 @@ class Call {
     const Part part = with_value_errors([&] { return Part(one_head); });
     query_tokens_ = tokens_at(part.queries, params.n_q);
     key_tokens_ = tokens_at(part.keys, params.n_k);
-    params.whole = {query_tokens_.data(), key_tokens_.data(), part.whole.offset()};
+    params.whole = {query_tokens_.data(), key_tokens_.data(), part.whole.n_q, part.whole.n_k};
   }
 
   /// One plan for each example and head.

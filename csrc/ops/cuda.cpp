@@ -18,6 +18,7 @@
 #include "ops/modifiers.h"
 #include "ops/sink.h"
 #include "ops/tensors.h"
+#include "patterns/part.h"
 
 namespace sparse_attn {
 namespace {
@@ -112,7 +113,7 @@ class DeviceCall {
     }
     call_.stream = a.query.is_cuda() ? stream_.native_handle() : nullptr;
     find_plans(patterns, backward, a.query.device());
-    on_device_.put_into(call_, backward);
+    on_device_.put_into(call_, *plans_, backward);
   }
 
   /// As the kernels want it: rows of whole chunks for tensor cores, unit strides at least.
@@ -204,6 +205,18 @@ class DeviceCall {
     call_.image = &plans_->image();
     call_.base = plans_->base();
     call_.plan_heads = static_cast<std::int32_t>(patterns.size());
+    number_tokens(patterns[0]);
+  }
+
+  /// Of a part: what programs, tables and dropout go by.
+  void number_tokens(const Expression& one_head) {
+    if (one_head.word != Word::kPart) return;
+    const auto at = [&](std::int64_t offset) {
+      return reinterpret_cast<const std::int64_t*>(call_.base + offset);
+    };
+    const GridImage& image = *call_.image;
+    const Sizes whole = whole_sizes(one_head, {});
+    call_.params.whole = {at(image.query_tokens()), at(image.key_tokens()), whole.n_q, whole.n_k};
   }
 
   at::Tensor allocate(std::int64_t bytes) {
@@ -327,9 +340,11 @@ Gradients backward_cuda(c10::DispatchKeySet keys, const BackwardArguments& a) {
   return run_backward(call, a, [&](bool wide) { call.backward(wide); });
 }
 
-TableGradients run_tables(DeviceCall& call, const AttentionArguments& a) {
-  const GradientOfTable bias(a.bias, a.bias_kind, a.query, 0),
-      gate(a.gate, a.gate_kind, a.query, 0);
+TableGradients run_tables(DeviceCall& call, const AttentionArguments& a,
+                          const Expression& pattern) {
+  const std::int64_t first = first_query(a, pattern);
+  const GradientOfTable bias(a.bias, a.bias_kind, a.query, first),
+      gate(a.gate, a.gate_kind, a.query, first);
   call.params().grad_bias = bias.sums();
   call.params().grad_gate = gate.sums();
   if (a.bias || a.gate) call.grad_tables();
@@ -348,7 +363,7 @@ TableGradients table_backward_cuda(c10::DispatchKeySet keys, const BackwardArgum
   if (has_no_pairs(a)) return zero_tables(a);
   DeviceCall call(a, pattern, Purpose::kAlong);
   call.set_gradients(a);
-  return run_tables(call, a);
+  return run_tables(call, a, pattern);
 }
 
 /// Runs the tangent of output and log-sum-exp, which `call` then has.
@@ -387,7 +402,7 @@ SecondGradients second_cuda(c10::DispatchKeySet, const SecondArguments& a) {
   call.set_gradients(a);
   call.set_tangents(a.tangents, a);
   const Outputs outputs = run_tangent(call, a);
-  const TableGradients tables = run_tables(call, a);
+  const TableGradients tables = run_tables(call, a, pattern);
   const Gradients gradients = run_backward(call, a, [&](bool wide) { call.backward_along(wide); });
   return std::tuple_cat(outputs, gradients, tables);
 }

@@ -4,6 +4,7 @@
 
 #include "ops/checks.h"
 #include "patterns/key_lists.h"
+#include "patterns/part.h"
 
 namespace sparse_attn {
 namespace {
@@ -67,6 +68,27 @@ at::Tensor places(const at::Tensor& mask) {
   return std::get<1>(stable_sort(mask.logical_not().to(at::kByte))).contiguous();
 }
 
+/// Of a part: the numbers of its tokens in the whole.
+at::Tensor query_tokens(const cuda::Call& call, const DevicePlans& plans) {
+  return plans.tokens(call.image->query_tokens(), call.params.n_q);
+}
+at::Tensor key_tokens(const cuda::Call& call, const DevicePlans& plans) {
+  return plans.tokens(call.image->key_tokens(), call.params.n_k);
+}
+
+/// The columns of a mask at some tokens; false where it has none.
+at::Tensor columns_at(const at::Tensor& mask, const at::Tensor& tokens) {
+  const at::Tensor known = (tokens >= 0).logical_and(tokens < mask.size(1));
+  return mask.index_select(1, tokens * known).logical_and(known);
+}
+
+/// The place of each of `count` tokens, -1 of those that have none.
+at::Tensor places_of(const at::Tensor& tokens, std::int64_t count) {
+  const at::Tensor to = at::where(tokens >= 0, tokens, count);  // what has no token goes beyond
+  return at::full({count + 1}, -1, tokens.options())
+      .scatter_(0, to, at::arange(tokens.size(0), tokens.options()));
+}
+
 /// A table of ListsView for `count` lists whose parts lie so many bytes apart.
 at::Tensor views_of(const at::Tensor& starts, std::int64_t starts_stride, const at::Tensor& items,
                     std::int64_t items_stride, std::int64_t count) {
@@ -83,14 +105,9 @@ at::Tensor views_of(const at::Tensor& starts, std::int64_t starts_stride, const 
 
 DevicePatterns::DevicePatterns(const AttentionArguments& a, const Expression& pattern,
                                bool capturing) {
-  const bool by_tokens =
-      tensor_count(pattern) > 0 || a.global_mask || a.bias || a.gate || a.dropout_p > 0.0;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      head_patterns(pattern)[0].word != Word::kPart || !by_tokens,
-      "sparse_attn: expected a part of a sequence without tensors in the pattern, global_mask, "
-      "bias, gate and dropout on this device, got one");
-  add_tensors(pattern, a.pattern_tensors, a.key.size(2), capturing);
-  if (a.global_mask) add_globals(a.global_mask->contiguous(), a.query.size(2));
+  const Sizes whole = whole_sizes(head_patterns(pattern)[0], {a.query.size(2), a.key.size(2)});
+  add_tensors(pattern, a.pattern_tensors, whole.n_k, capturing);
+  if (a.global_mask) add_globals(a.global_mask->contiguous());
 }
 
 void DevicePatterns::add_tensors(const Expression& pattern, const OptionalTensors& given,
@@ -116,30 +133,44 @@ void DevicePatterns::add_tensors(const Expression& pattern, const OptionalTensor
   next_tensor_ = static_cast<std::int32_t>(all.size());
 }
 
-void DevicePatterns::add_globals(const at::Tensor& mask, std::int64_t n_q) {
-  const std::int64_t n_k = mask.size(1), offset = n_k - n_q;
-  const at::Tensor of_queries = offset > 0 ? mask.narrow(1, offset, n_q) : mask;
-  const at::Tensor keys = places(mask), key_counts = mask.sum(1),
-                   queries = places(of_queries) - std::min<std::int64_t>(offset, 0),
-                   query_counts = of_queries.sum(1);
-  global_.keys = keys.const_data_ptr<std::int64_t>();
-  global_.key_counts = key_counts.const_data_ptr<std::int64_t>();
-  global_.queries = queries.const_data_ptr<std::int64_t>();
-  global_.query_counts = query_counts.const_data_ptr<std::int64_t>();
-  global_.capacity_keys = n_k;
-  global_.capacity_queries = of_queries.size(1);
+void DevicePatterns::add_globals(const at::Tensor& mask) {
+  const std::int64_t n_k = mask.size(1);
   global_tensor_ = next_tensor_;
   tensors_[static_cast<std::size_t>(global_tensor_)] = {mask.const_data_ptr(), n_k, 0, n_k};
-  kept_.insert(kept_.end(), {mask, keys, key_counts, queries, query_counts});
+  global_mask_ = mask;
 }
 
-void DevicePatterns::put_into(cuda::Call& call, bool backward) {
+void DevicePatterns::put_into(cuda::Call& call, const DevicePlans& plans, bool backward) {
   std::copy(tensors_.begin(), tensors_.end(), call.tensors);
-  call.global = global_;
-  if (widest_list_ > 0) make_lists(call, backward);
+  if (global_mask_.defined()) make_globals(call, plans);
+  if (widest_list_ > 0) make_lists(call, plans, backward);
 }
 
-void DevicePatterns::make_lists(cuda::Call& call, bool backward) {
+void DevicePatterns::make_globals(cuda::Call& call, const DevicePlans& plans) {
+  const AttentionParams& p = call.params;
+  const std::int64_t offset = p.offset();
+  at::Tensor of_keys = global_mask_, of_queries = global_mask_;
+  std::int64_t first_query = 0;  // that `of_queries` has
+  if (p.whole.keys) {
+    of_keys = columns_at(global_mask_, key_tokens(call, plans));
+    of_queries = columns_at(global_mask_, query_tokens(call, plans) + offset);
+  } else if (offset > 0) {
+    of_queries = global_mask_.narrow(1, offset, p.n_q);
+  } else {
+    first_query = -offset;
+  }
+  const at::Tensor keys = places(of_keys), key_counts = of_keys.sum(1),
+                   queries = places(of_queries) + first_query, query_counts = of_queries.sum(1);
+  call.global = {keys.const_data_ptr<std::int64_t>(),
+                 key_counts.const_data_ptr<std::int64_t>(),
+                 queries.const_data_ptr<std::int64_t>(),
+                 query_counts.const_data_ptr<std::int64_t>(),
+                 of_keys.size(1),
+                 of_queries.size(1)};
+  kept_.insert(kept_.end(), {keys, key_counts, queries, query_counts});
+}
+
+void DevicePatterns::make_lists(cuda::Call& call, const DevicePlans& plans, bool backward) {
   const AttentionParams& p = call.params;
   const std::int64_t heads = heads_ > 1 ? p.heads : call.plan_heads, lists = batch_ * heads;
   const std::int64_t columns = widest_list_;
@@ -150,6 +181,10 @@ void DevicePatterns::make_lists(cuda::Call& call, bool backward) {
   filter.arguments.call = p;
   filter.arguments.plan_heads = call.plan_heads;
   std::copy(tensors_.begin(), tensors_.end(), filter.arguments.tensors);
+  if (p.whole.keys) {
+    kept_.push_back(places_of(key_tokens(call, plans), p.whole.n_k));
+    filter.places = kept_.back().const_data_ptr<std::int64_t>();
+  }
   filter.items = items.mutable_data_ptr<std::int32_t>();
   filter.width = parts * columns;
   filter.columns = columns;

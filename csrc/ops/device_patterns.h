@@ -10,6 +10,7 @@
 
 #include "cuda/run.h"
 #include "ops/arguments.h"
+#include "ops/device_plans.h"
 #include "ops/pattern_tensors.h"
 
 namespace sparse_attn {
@@ -26,20 +27,21 @@ class DevicePatterns {
 
   /// Fills in the call, whose sizes, plans and stream are set. With `backward` also what queries
   /// see each key.
-  void put_into(cuda::Call& call, bool backward);
+  void put_into(cuda::Call& call, const DevicePlans& plans, bool backward);
 
  private:
   void add_tensors(const Expression& pattern, const OptionalTensors& given, std::int64_t n_k,
                    bool capturing);
-  void add_globals(const at::Tensor& mask, std::int64_t n_q);
-  void make_lists(cuda::Call& call, bool backward);
+  void add_globals(const at::Tensor& mask);
+  void make_globals(cuda::Call& call, const DevicePlans& plans);
+  void make_lists(cuda::Call& call, const DevicePlans& plans, bool backward);
 
   std::vector<at::Tensor> kept_;  // what the pointers below look into
   std::array<ProgramTensor, kMostTensors> tensors_{};
   std::int32_t next_tensor_ = 0, global_tensor_ = -1;
   std::int64_t widest_list_ = 0;
   std::int64_t batch_ = 1, heads_ = 1;  // how many slices differ, of all tensors
-  cuda::GlobalTokens global_;
+  at::Tensor global_mask_;
 };
 
 }  // namespace sparse_attn

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "ops/checks.h"
+#include "patterns/part.h"
 #include "plan/head_plan.h"
 #include "plan/lru_cache.h"
 
@@ -46,8 +47,13 @@ std::shared_ptr<const DevicePlans> make(at::ArrayRef<Expression> patterns, const
   std::vector<HeadPlan> heads;
   for (const Expression& pattern : patterns)
     heads.push_back(head_plan(pattern, key.sizes, key.global_tensor));
-  return std::make_shared<const DevicePlans>(
-      GridImage(heads, {key.grouping, key.heads, key.backward}), device);
+  const GridImage::Cut cut{key.grouping, key.heads, key.backward};
+  if (patterns[0].word != Word::kPart)
+    return std::make_shared<const DevicePlans>(GridImage(heads, cut), device);
+  const Part part(patterns[0]);  // the same one of all heads
+  const TokenNumbers numbers{tokens_at(part.queries, key.sizes.n_q),
+                             tokens_at(part.keys, key.sizes.n_k)};
+  return std::make_shared<const DevicePlans>(GridImage(heads, cut, &numbers), device);
 }
 
 }  // namespace
@@ -63,6 +69,11 @@ DevicePlans::DevicePlans(GridImage image, at::Device device) : image_(std::move(
             return copy;
           }).get();
   image_.drop_bytes();
+}
+
+at::Tensor DevicePlans::tokens(std::int64_t offset, std::int64_t count) const {
+  const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(std::int64_t));
+  return copy_.narrow(0, offset, bytes).view(at::kLong);
 }
 
 void DevicePlans::used_on(c10::Stream stream) const {

@@ -28,6 +28,8 @@ class DevicePlans {
 
   const GridImage& image() const { return image_; }
   const char* base() const { return static_cast<const char*>(copy_.const_data_ptr()); }
+  /// Numbers of the image, on the device.
+  at::Tensor tokens(std::int64_t offset, std::int64_t count) const;
   /// Of the image, which lives on the device alone; for the cache.
   std::int64_t bytes() const { return image_.size(); }
   /// The memory is not to be used again before the work queued on the stream is done.

@@ -233,6 +233,15 @@ bool is_causal(const Expression& e) {
   }
 }
 
+const Expression& pattern_of_whole(const Expression& one_head) {
+  return one_head.word == Word::kPart ? one_head.parts[0] : one_head;
+}
+
+Expression same_part(const Expression& one_head, Expression pattern) {
+  if (one_head.word != Word::kPart) return pattern;
+  return {Word::kPart, one_head.values, {std::move(pattern)}, 0};
+}
+
 std::int64_t most_demanding_token(const Expression& e) {
   std::int64_t token = 0;
   if (e.word == Word::kPart) return token;  // its tokens are those of the whole
@@ -251,7 +260,7 @@ Expression with_global_tokens(const Expression& expression,
                               const std::vector<std::int64_t>& tokens) {
   if (tokens.empty()) return expression;
   if (expression.word == Word::kPart) {
-    return {Word::kPart, expression.values, {with_global_tokens(expression.parts[0], tokens)}, 0};
+    return same_part(expression, with_global_tokens(expression.parts[0], tokens));
   }
   std::vector<std::int64_t> runs;
   for (const std::int64_t t : tokens) {

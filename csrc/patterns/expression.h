@@ -75,6 +75,11 @@ std::vector<const Expression*> tensor_users(const Expression& expression);
 /// No query sees a later key, whatever the sizes, as far as the form of the expression tells.
 bool is_causal(const Expression& expression);
 
+/// What a part is of; the expression itself if it is no part.
+const Expression& pattern_of_whole(const Expression& one_head);
+/// The same part of another pattern; that pattern if `one_head` is no part.
+Expression same_part(const Expression& one_head, Expression pattern);
+
 /// How many keys there must be for `token` to exist; of all tokens named, the one that needs most
 /// (0 if there is none); and what to say when there are fewer.
 std::int64_t keys_needed(std::int64_t token);

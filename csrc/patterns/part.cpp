@@ -337,6 +337,12 @@ Part::Part(const Expression& e) {
   }
 }
 
+std::vector<std::int64_t> Part::blind_positions() const {
+  std::vector<std::int64_t> positions = blind;
+  for (std::int64_t& query : positions) query += whole.offset();
+  return positions;
+}
+
 std::vector<std::int64_t> tokens_at(const TokenRuns& runs, std::int64_t count) {
   std::vector<std::int64_t> tokens(static_cast<std::size_t>(count), kNoToken);
   for (const TokenRun& run : runs) {
@@ -350,15 +356,14 @@ Terms take_part(const Part& part, Sizes sizes, Terms whole) {
   check_sizes(part, sizes);
   if (part.queries.empty() || part.keys.empty()) return {};
   const auto numbering = std::make_shared<const Numbering>(Numbering{part, sizes});
-  TokenList blind = part.blind;
-  for (std::int64_t& query : blind) query += part.whole.offset();
   const TokenRun& last = part.keys.back();
   std::int64_t held = 0;
   for (const TokenRun& run : part.keys) held += run.count;
   const bool gaps = held < sizes.n_k || last.place + last.count > held;
-  const auto others = std::make_shared<OtherQueries>(blind);  // one for all terms: they are alike
+  const auto others =
+      std::make_shared<OtherQueries>(part.blind_positions());  // one for all terms: they are alike
   for (Term& term : whole) {
-    if (!blind.empty()) term.push_back(others);
+    if (!part.blind.empty()) term.push_back(others);
     if (term.empty() && gaps) term.push_back(std::make_shared<Everything>());
     for (PrimitivePtr& p : term) p = std::make_shared<PartOf>(std::move(p), numbering);
   }

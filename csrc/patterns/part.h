@@ -10,6 +10,7 @@
 #include "patterns/expand.h"
 #include "patterns/expression.h"
 #include "patterns/pattern.h"
+#include "whole.h"
 
 namespace sparse_attn {
 
@@ -23,9 +24,6 @@ struct TokenRun {
 /// Ascending in both numberings. Places that no run holds have no token.
 using TokenRuns = std::vector<TokenRun>;
 
-/// What a place without a token has.
-constexpr std::int64_t kNoToken = -1;
-
 struct Part {
   Sizes whole;
   TokenRuns queries;  // without gaps
@@ -34,6 +32,8 @@ struct Part {
 
   /// Throws std::invalid_argument if the runs overlap, descend or leave the sequence.
   explicit Part(const Expression& expression);
+
+  std::vector<std::int64_t> blind_positions() const;
 };
 
 /// The whole's token at each of `count` places.

@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
+
+#include "patterns/part.h"
+#include "patterns/tokens.h"
 
 namespace sparse_attn {
 namespace {
@@ -80,21 +84,27 @@ class Compiler {
   CompiledProgram made_;
 };
 
-}  // namespace
-
-CompiledProgram compile(const Expression& expression, Sizes sizes) {
-  return Compiler(sizes).whole(expression);
-}
-
-namespace {
-
 void append(CompiledProgram& to, const CompiledProgram& more, std::initializer_list<Kind> joints) {
   to.instructions.insert(to.instructions.end(), more.instructions.begin(), more.instructions.end());
   to.primitives.insert(to.primitives.end(), more.primitives.begin(), more.primitives.end());
   for (const Kind kind : joints) to.instructions.emplace_back().kind = kind;
 }
 
+/// Of all pairs whose query stands at one of the positions.
+CompiledProgram of_queries(TokenList positions) {
+  const auto queries = std::make_shared<const GlobalQueries>(std::move(positions));
+  return {{queries->instruction()}, {{queries}}};
+}
+
 }  // namespace
+
+CompiledProgram compile(const Expression& expression, Sizes sizes) {
+  if (expression.word != Word::kPart) return Compiler(sizes).whole(expression);
+  const Part part(expression);
+  CompiledProgram made = Compiler(part.whole).whole(expression.parts[0]);
+  if (part.blind.empty()) return made;
+  return without(std::move(made), of_queries(part.blind_positions()));
+}
 
 CompiledProgram both(CompiledProgram a, const CompiledProgram& b) {
   append(a, b, {Kind::kAnd});
@@ -104,12 +114,6 @@ CompiledProgram both(CompiledProgram a, const CompiledProgram& b) {
 CompiledProgram without(CompiledProgram a, const CompiledProgram& b) {
   append(a, b, {Kind::kNot, Kind::kAnd});
   return a;
-}
-
-CompiledProgram everything() {
-  CompiledProgram made;
-  made.instructions.emplace_back().kind = Kind::kTrue;
-  return made;
 }
 
 CompiledProgram global_key(std::int32_t tensor) {

@@ -15,8 +15,8 @@ namespace sparse_attn {
 
 using Program = std::vector<Instruction>;
 
-/// The program of an expression for given sizes. Its pointers look into `primitives`, which must
-/// outlive it.
+/// The program of an expression for given sizes; that of a part goes by the tokens of the whole.
+/// Its pointers look into `primitives`, which must outlive it.
 struct CompiledProgram {
   Program instructions;
   Terms primitives;
@@ -27,8 +27,7 @@ CompiledProgram compile(const Expression& expression, Sizes sizes);
 CompiledProgram both(CompiledProgram a, const CompiledProgram& b);
 CompiledProgram without(CompiledProgram a, const CompiledProgram& b);
 
-/// Of all pairs, and of those whose key is global by a tensor of the call.
-CompiledProgram everything();
+/// Of the pairs whose key is global by a tensor of the call.
 CompiledProgram global_key(std::int32_t tensor);
 
 }  // namespace sparse_attn

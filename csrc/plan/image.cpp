@@ -251,7 +251,7 @@ PassShape GridImage::add_evaluated(const std::vector<HeadPlan>& heads,
   return shape;
 }
 
-GridImage::GridImage(const std::vector<HeadPlan>& heads, const Cut& cut) {
+GridImage::GridImage(const std::vector<HeadPlan>& heads, const Cut& cut, const TokenNumbers* part) {
   const Sizes sizes = heads[0].plan->sizes;
   natural_ = std::make_shared<const Plan>(build_plan({Term{}}, sizes));
   Layout layout{*this};
@@ -275,6 +275,10 @@ GridImage::GridImage(const std::vector<HeadPlan>& heads, const Cut& cut) {
   if (std::any_of(heads.begin(), heads.end(),
                   [](const HeadPlan& h) { return !h.plan->lists->keys.empty(); }))
     add_lists(heads, cut.backward);
+  if (part) {
+    query_tokens_ = layout.append(part->queries.data(), part->queries.size());
+    key_tokens_ = layout.append(part->keys.data(), part->keys.size());
+  }
   natural_.reset();
   shared_.clear();
   size_ = static_cast<std::int64_t>(bytes_.size());

@@ -35,6 +35,11 @@ struct PassShape {
   std::int64_t table = 0;                // offset of the pass's GridPass[heads]
 };
 
+/// Of a part of a sequence: the numbers of its tokens in the whole, by their places.
+struct TokenNumbers {
+  std::vector<std::int64_t> queries, keys;
+};
+
 class GridImage {
  public:
   /// How the passes are cut into tasks.
@@ -44,8 +49,8 @@ class GridImage {
     bool backward = false;
   };
 
-  /// One plan for each head, or for each group of heads.
-  GridImage(const std::vector<HeadPlan>& heads, const Cut& cut);
+  /// One plan for each head, or for each group of heads. `part`: null for a whole sequence.
+  GridImage(const std::vector<HeadPlan>& heads, const Cut& cut, const TokenNumbers* part = nullptr);
 
   const std::vector<PassShape>& passes() const { return passes_; }
   /// Offset of ListsView[heads] for the queries, and for the keys; -1 without lists.
@@ -57,6 +62,10 @@ class GridImage {
   /// tokens, of which the device makes passes; -1 without.
   std::int64_t global_keys() const { return global_keys_; }
   std::int64_t global_queries() const { return global_queries_; }
+
+  /// Offsets of the TokenNumbers of a part; -1 without.
+  std::int64_t query_tokens() const { return query_tokens_; }
+  std::int64_t key_tokens() const { return key_tokens_; }
 
   std::int64_t size() const { return size_; }
   /// The bytes for an image that begins at `base`.
@@ -90,6 +99,7 @@ class GridImage {
   std::vector<std::int64_t> listed_;
   std::int64_t keys_of_query_ = -1, queries_of_key_ = -1;
   std::int64_t global_keys_ = -1, global_queries_ = -1;
+  std::int64_t query_tokens_ = -1, key_tokens_ = -1;
 };
 
 }  // namespace sparse_attn

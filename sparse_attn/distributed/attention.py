@@ -104,8 +104,7 @@ def context_parallel_attention(
             differ: in pattern, sizes, dtype or options. All ranks raise alike.
         RuntimeError: torch.distributed failed, or a rank did not answer within the group's timeout;
             says what was being exchanged.
-        NotImplementedError: A second derivative; on CUDA, patterns with tensors, `global_mask`,
-            tables and dropout.
+        NotImplementedError: A second derivative.
 
     >>> import os, tempfile
     >>> import torch.distributed as dist
