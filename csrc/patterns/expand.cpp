@@ -7,7 +7,7 @@
 #include "patterns/checkerboard.h"
 #include "patterns/key_lists.h"
 #include "patterns/layout.h"
-#include "patterns/part.h"
+#include "patterns/part_of.h"
 #include "patterns/periodic_keys.h"
 #include "patterns/random_blocks.h"
 #include "patterns/random_tokens.h"

@@ -4,12 +4,10 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "patterns/expand.h"
 #include "patterns/expression.h"
-#include "patterns/pattern.h"
 #include "whole.h"
 
 namespace sparse_attn {
@@ -23,6 +21,15 @@ struct TokenRun {
 
 /// Ascending in both numberings. Places that no run holds have no token.
 using TokenRuns = std::vector<TokenRun>;
+
+/// The last run that begins at or before `number`, a place or a token by what `of` says; end() if
+/// none does.
+TokenRuns::const_iterator run_of(const TokenRuns& runs, std::int64_t number,
+                                 std::int64_t TokenRun::* of);
+
+/// kNoToken where there is none.
+std::int64_t token_at(const TokenRuns& runs, std::int64_t place);
+std::int64_t place_of(const TokenRuns& runs, std::int64_t token);
 
 struct Part {
   Sizes whole;
@@ -38,10 +45,6 @@ struct Part {
 
 /// The whole's token at each of `count` places.
 std::vector<std::int64_t> tokens_at(const TokenRuns& runs, std::int64_t count);
-
-/// The part's terms out of those of the whole. Throws std::invalid_argument if `sizes`, of the
-/// part, do not fit.
-Terms take_part(const Part& part, Sizes sizes, Terms whole);
 
 /// The sizes that tokens, tensors and global masks of a pattern refer to.
 Sizes whole_sizes(const Expression& one_head, Sizes sizes);
