@@ -8,7 +8,8 @@
 torch.Size([1, 8, 1000, 64])
 """
 
-from sparse_attn import distributed, functional, huggingface, nn
+from sparse_attn import distributed, functional, huggingface
+from sparse_attn import nn as nn  # not in __all__: a star import would hide torch.nn
 from sparse_attn.analysis import (
     ApproximationReport,
     Recommendation,
@@ -143,7 +144,6 @@ __all__ = [
     "gradient_pattern",
     "huggingface",
     "merge",
-    "nn",
     "plan_info",
     "recommend_pattern",
     "record_attention",

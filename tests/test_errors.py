@@ -348,6 +348,12 @@ def test_a_refused_call_leaves_no_trace():
 
 
 @pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+def test_ints_in_the_place_of_numbers(name):
+    refuses(lambda: good_call(Window(3), **{name: True}), TypeError, [name, "a number", "True"])
+    refuses(lambda: good_call(Window(3), **{name: 10**400}), ValueError, [name, "finite"])
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
 @pytest.mark.parametrize(
     "value", [torch.tensor(0.5, requires_grad=True), torch.full((1,), 0.5)], ids=["learned", "list"]
 )

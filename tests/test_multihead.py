@@ -352,6 +352,19 @@ def test_is_causal(need_weights):
     assert_equal_to_torch(theirs, ours, tensors, call)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("zero", [True, False])
+def test_hint_with_added_keys(zero, need_weights):
+    """torch's causal products leave out the keys that are added at the end; its masks do not."""
+    theirs, ours = pair(batch_first=True, add_bias_kv=True, add_zero_attn=zero)
+    call = {
+        "attn_mask": torch.ones(13, 13, dtype=torch.bool, device=DEVICE).triu(1),
+        "need_weights": need_weights,
+        "is_causal": True,
+    }
+    assert_equal_to_torch(theirs, ours, inputs(theirs), call)
+
+
 def test_a_wrong_hint_is_taken_where_torch_takes_it():
     theirs, ours = pair(batch_first=True)
     tensors = inputs(theirs)

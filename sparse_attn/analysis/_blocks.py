@@ -61,6 +61,10 @@ class BlockScores:
             columns = keys // self.block
             first = int(columns[0])
             sums = by_key @ torch.nn.functional.one_hot(columns - first).to(by_key.dtype)
+            if not sums.isfinite().all():
+                raise ValueError(
+                    "sparse_attn: expected samples with finite attention, got one with NaN"
+                )
             self.sums[:, : sums.shape[1], first : first + sums.shape[2]] += sums
 
     def layout(self, density: float) -> Pattern:

@@ -76,6 +76,8 @@ def scale_of(scale: float | None, head_dim: int) -> float:
         return 1 / math.sqrt(max(head_dim, 1))
     if isinstance(scale, Tensor) or not hasattr(scale, "__float__"):
         raise TypeError(f"sparse_attn: expected scale to be a number, got {scale!r}")
+    if isinstance(scale, int):
+        check_int("scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"sparse_attn: expected scale to be finite, got {scale}")
     return float(scale)
@@ -125,6 +127,18 @@ def check_inputs(
     _check_shape("value", value, (batch, heads_kv, key.shape[2], value.shape[3]))
     if key_padding_mask is not None:
         check_padding(key_padding_mask, key)
+
+
+def check_int(name: str, number: int) -> None:
+    """Raise TypeError or ValueError unless an int in the place of a number is one that floats
+    reach.
+    """
+    if isinstance(number, bool):
+        raise TypeError(f"sparse_attn: expected {name} to be a number, got {number}")
+    try:
+        float(number)
+    except OverflowError:
+        raise ValueError(f"sparse_attn: expected {name} to be finite, got {number}") from None
 
 
 def check_flag(name: str, flag: object) -> None:

@@ -168,7 +168,7 @@ def _check_keep(keep: object) -> None:
 def _count(keep: int | float, allowed: Tensor) -> int | Tensor:
     """How many blocks a row keeps; 0.55 of 100 is 55, whatever the product rounds to."""
     if isinstance(keep, int):
-        return keep
+        return min(keep, allowed.shape[-1])
     return (keep * allowed.sum(-1, keepdim=True, dtype=torch.float64) - 1e-9).ceil()
 
 

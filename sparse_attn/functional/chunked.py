@@ -15,7 +15,7 @@ from sparse_attn.functional._gather import finite_where
 from sparse_attn.functional.hashing import bucket_factors, check_rounds, draw_rotations, lsh_buckets
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import Full
-from sparse_attn.patterns.arguments import index
+from sparse_attn.patterns.arguments import MOST, index
 
 
 def chunked_lsh_attention(
@@ -85,10 +85,10 @@ def chunked_lsh_attention(
     """
     check_inputs(query_key, query_key, value, key_padding_mask)
     visible(is_causal)  # its type
-    num_hashes = index("num_hashes", num_hashes, 1)
-    chunk_length = index("chunk_length", chunk_length, 1)
-    chunks_before = index("chunks_before", chunks_before, 0)
-    chunks_after = index("chunks_after", chunks_after, 0)
+    num_hashes = index("num_hashes", num_hashes, 1, MOST)
+    chunk_length = index("chunk_length", chunk_length, 1, MOST)
+    chunks_before = index("chunks_before", chunks_before, 0, MOST)
+    chunks_after = index("chunks_after", chunks_after, 0, MOST)
     batch, heads, length, head_dim = query_key.shape
     if num_buckets is None and rotations is None:
         num_buckets = default_buckets(length, chunk_length)

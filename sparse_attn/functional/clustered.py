@@ -23,7 +23,7 @@ from sparse_attn.functional._common import (
 from sparse_attn.functional.hashing import bucket_factors, check_rounds, draw_rotations, lsh_buckets
 from sparse_attn.functional.patterned import attention
 from sparse_attn.patterns import KeyLists
-from sparse_attn.patterns.arguments import index
+from sparse_attn.patterns.arguments import MOST, index
 
 
 def lsh_attention(
@@ -78,8 +78,8 @@ def lsh_attention(
     check_options("lsh_attention", options)
     check_inputs(query, key, value, key_padding_mask, enable_gqa=options.get("enable_gqa", False))
     seen = visible(is_causal)
-    num_hashes = index("num_hashes", num_hashes, 1)
-    num_buckets = index("num_buckets", num_buckets, 1)
+    num_hashes = index("num_hashes", num_hashes, 1, MOST)
+    num_buckets = index("num_buckets", num_buckets, 1, MOST)
     options = {**options, "key_padding_mask": key_padding_mask, "scale": scale}
     if num_buckets == 1:
         return attention(query, key, value, seen, **options)
@@ -148,7 +148,7 @@ def routing_attention(
     check_options("routing_attention", options)
     check_inputs(query, key, value, key_padding_mask, enable_gqa=options.get("enable_gqa", False))
     visible(is_causal)
-    window = index("window", window, 1)
+    window = index("window", window, 1, MOST)
     _check_centroids(centroids, query)
     _check_routed(options, query)
     if query_padding_mask is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn._library import ops
-from sparse_attn.functional._common import check_flag
+from sparse_attn.functional._common import check_flag, check_int
 from sparse_attn.patterns import KeyLists, Pattern, check_pattern
 from sparse_attn.sparse_weights import SparseWeights
 from sparse_attn.tables import BlockBias, SlotBias, encode_table
@@ -217,6 +217,9 @@ def _check_tensors(**arguments: object) -> None:
 def _check_numbers(**arguments: object) -> None:
     for name, argument in arguments.items():
         if argument is None or isinstance(argument, float):
+            continue
+        if isinstance(argument, int):
+            check_int(name, argument)
             continue
         if isinstance(argument, Tensor) and (argument.requires_grad or argument.dim() > 0):
             raise TypeError(

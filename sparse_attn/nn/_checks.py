@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_attn.patterns.arguments import index
 
@@ -21,10 +22,26 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
 
 def check_dropout(dropout: float) -> None:
     """Raise TypeError or ValueError unless `dropout` is a probability."""
-    if isinstance(dropout, bool) or not isinstance(dropout, Real):
-        raise TypeError(f"sparse_attn: expected dropout to be a number, got {dropout!r}")
+    _check_real("dropout", dropout)
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"sparse_attn: expected dropout in [0, 1], got {dropout}")
+
+
+def check_number(name: str, number: float, least: float = -math.inf) -> None:
+    """Raise TypeError or ValueError unless `number` is finite, as a float, and at least `least`."""
+    _check_real(name, number)
+    try:
+        finite = math.isfinite(number)
+    except OverflowError:
+        finite = False
+    if not finite or number < least:
+        wanted = "finite" if least == -math.inf else f"a finite number of at least {least:g}"
+        raise ValueError(f"sparse_attn: expected {name} to be {wanted}, got {number}")
+
+
+def _check_real(name: str, number: object) -> None:
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"sparse_attn: expected {name} to be a number, got {number!r}")
 
 
 def check_sequence(name: str, x: Tensor, embed_dim: int) -> None:
@@ -39,8 +56,34 @@ def check_sequence(name: str, x: Tensor, embed_dim: int) -> None:
         )
 
 
-def check_alike(name: str, x: Tensor, weight: Tensor) -> None:
-    """Raise TypeError or ValueError unless `x` has the dtype and the device of a weight."""
+def check_mask(name: str, mask: Tensor | None, x: Tensor) -> None:
+    """Raise TypeError or ValueError unless a mask is (batch, length) of `x`, or none."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"sparse_attn: expected {name} to be a Tensor, got {type(mask).__name__}")
+    if mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"sparse_attn: expected {name} of shape {tuple(x.shape[:2])} (batch, length), got "
+            f"{tuple(mask.shape)}"
+        )
+
+
+def through(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """module(x). Raise TypeError or ValueError if `x` has not the dtype or the device of its
+    weight.
+    """
+    try:
+        return module(x)
+    except RuntimeError:
+        # Only now: what stands in a module's place may take other dtypes than its weight's.
+        _check_alike(name, x, getattr(module, "weight", None))
+        raise
+
+
+def _check_alike(name: str, x: Tensor, weight: object) -> None:
+    if not isinstance(weight, Tensor):
+        return
     if x.dtype != weight.dtype:
         raise TypeError(f"sparse_attn: expected {name} of dtype {weight.dtype}, got {x.dtype}")
     if x.device != weight.device:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from sparse_attn.functional._common import check_dtype, check_flag, check_padding
 from sparse_attn.functional._gather import finite_where
 from sparse_attn.nn._checks import (
-    check_alike,
     check_dropout,
     check_heads,
     check_sequence,
+    through,
 )
 
 
@@ -87,17 +87,9 @@ class ProjectedSelfAttention(nn.Module):
             check_padding(key_padding_mask, by_head)
             # Weights meet what padded tokens hold, if only in products with gradients of 0.
             x = finite_where(key_padding_mask, by_head).squeeze(1)
-        projected = [self._split(part) for part in self._project(x)]
+        projected = [self._split(through(getattr(self, name), "x", x)) for name in self.projections]
         heads = self.attend(*projected, key_padding_mask)
         return self.output(heads.transpose(1, 2).flatten(2))
-
-    def _project(self, x: Tensor) -> list[Tensor]:
-        try:
-            return [getattr(self, name)(x) for name in self.projections]
-        except RuntimeError:
-            # Only now: what stands in a projection's place may take other dtypes than its weight's.
-            check_alike("x", x, getattr(self, self.projections[0]).weight)
-            raise
 
     @property
     def dropout_p(self) -> float:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparse_attn.nn._checks import check_heads, check_sequence
+from sparse_attn.nn._checks import check_heads, check_sequence, through
 from sparse_attn.nn._hugging_face_blocks import HuggingFaceBlocks
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.patterns import BigBird, PerHead
@@ -83,6 +83,7 @@ class BigBirdSelfAttention(SparseSelfAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_heads(embed_dim, num_heads)
+        max_length = index("max_length", max_length, 1)
         whole = BigBird(block, random_blocks, window_blocks, global_blocks, seed)
         super().__init__(
             embed_dim,
@@ -113,7 +114,7 @@ class BigBirdSelfAttention(SparseSelfAttention):
             whole.random_blocks,
             num_heads,
             index("seed", seed, 0, 2**32 - 1),
-            index("max_length", max_length, 1),
+            max_length,
         )
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
@@ -136,7 +137,7 @@ class BigBirdSelfAttention(SparseSelfAttention):
         if self.compat is None:
             return super().forward(x, key_padding_mask=key_padding_mask)
         projections = (self.query, self.key, self.value)
-        query, key, value = (self._split(projection(x)) for projection in projections)
+        query, key, value = (self._split(through(project, "x", x)) for project in projections)
         heads = self.blocks.attend(query, key, value, key_padding_mask, self.training)
         if key_padding_mask is not None:
             heads = heads.masked_fill(key_padding_mask[:, None, :, None], 0.0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.functional import attention
+from sparse_attn.functional._common import check_dtype, check_flag
 from sparse_attn.merging import merge
 from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
 from sparse_attn.patterns import Full, Pattern, Window
@@ -137,6 +138,15 @@ class ETCSelfAttention(nn.Module):
         super().__init__()
         check_heads(embed_dim, num_heads)
         check_dropout(dropout)
+        flags = {
+            "bias": bias,
+            "share_kv_projections": share_kv_projections,
+            "share_qkv_projections": share_qkv_projections,
+            "share_att_output_projection": share_att_output_projection,
+        }
+        for name, flag in flags.items():
+            check_flag(name, flag)
+        check_dtype(dtype)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.radius = index("radius", radius, 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.functional import gated_attention
+from sparse_attn.nn._checks import check_number
 from sparse_attn.nn._gates import Blocks, Slots
 from sparse_attn.nn._projected import ProjectedSelfAttention
 from sparse_attn.patterns import Causal, Pattern, check_pattern
@@ -91,6 +92,7 @@ class LearnedSparseSelfAttention(ProjectedSelfAttention):
             raise ValueError(
                 f"sparse_attn: expected seq_len with parametrisation {parametrisation!r}, got None"
             )
+        check_number("initial", initial)
         self.pattern = pattern & Causal() if self.causal and not pattern.causal else pattern
         self.parametrisation = parametrisation
         self.seq_len = None if seq_len is None else index("seq_len", seq_len, 1)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.functional import attention
-from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
+from sparse_attn.functional._common import check_dtype, check_flag
+from sparse_attn.nn._checks import (
+    check_dropout,
+    check_heads,
+    check_mask,
+    check_sequence,
+    through,
+)
 from sparse_attn.nn._context_parallel import SharedGroup, own_group
 from sparse_attn.patterns import Causal, GlobalKeys, GlobalQueries, Pattern, PerHead, Window
 
@@ -42,6 +49,7 @@ class LongformerSelfAttention(nn.Module):
             the rank's share. No attentions.
 
     Raises:
+        TypeError: An argument has the wrong type.
         ValueError: embed_dim is not a multiple of num_heads, or attention_window, dilation or
             dropout is out of range.
 
@@ -73,6 +81,9 @@ class LongformerSelfAttention(nn.Module):
         super().__init__()
         check_heads(embed_dim, num_heads)
         check_dropout(dropout)
+        check_flag("causal", causal)
+        check_flag("bias", bias)
+        check_dtype(dtype)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.attention_window = attention_window
@@ -120,7 +131,8 @@ class LongformerSelfAttention(nn.Module):
             is what has no token.
 
         Raises:
-            ValueError: A shape does not fit.
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: A shape or device does not fit.
             NotImplementedError: output_attentions with context_parallel_group.
         """
         self._check(hidden_states, attention_mask, global_attention_mask)
@@ -184,7 +196,7 @@ class LongformerSelfAttention(nn.Module):
 
     def _project(self, hidden_states: Tensor, *names: str) -> list[Tensor]:
         """(batch, heads, length, head_dim) for each name."""
-        projected = (getattr(self, name)(hidden_states) for name in names)
+        projected = (through(getattr(self, name), "hidden_states", hidden_states) for name in names)
         return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
 
     def _zero_of_unused(self) -> Tensor:
@@ -198,11 +210,7 @@ class LongformerSelfAttention(nn.Module):
     def _check(self, hidden_states: Tensor, *masks: Tensor | None) -> None:
         check_sequence("hidden_states", hidden_states, self.embed_dim)
         for name, mask in zip(("attention_mask", "global_attention_mask"), masks, strict=True):
-            if mask is not None and mask.shape != hidden_states.shape[:2]:
-                raise ValueError(
-                    f"sparse_attn: expected {name} of shape {tuple(hidden_states.shape[:2])} "
-                    f"(batch, length), got {tuple(mask.shape)}"
-                )
+            check_mask(name, mask, hidden_states)
 
 
 _PROJECTIONS = ("query", "key", "value", "query_global", "key_global", "value_global")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_attn.nn._checks import check_dropout
+from sparse_attn.functional._common import check_flag
+from sparse_attn.nn._checks import check_dropout, check_number
 from sparse_attn.nn.longformer import LongformerSelfAttention
 from sparse_attn.patterns.arguments import index
 
@@ -67,6 +68,8 @@ class LongformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_dropout(dropout)
+        check_number("layer_norm_eps", layer_norm_eps, 0)
+        check_flag("recompute", recompute)
         made = {"device": device, "dtype": dtype}
         attention = LongformerSelfAttention(
             embed_dim,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_attn.functional._common import without_padding
+from sparse_attn.functional._common import check_flag, without_padding
 from sparse_attn.functional.low_rank import linformer_attention, low_rank_attention
 from sparse_attn.functional.nystrom import nystrom_attention
 from sparse_attn.nn._projected import ProjectedSelfAttention
@@ -67,6 +67,8 @@ class LinformerSelfAttention(_TwoSided):
         **options: Any,
     ) -> None:
         super().__init__(embed_dim, num_heads, **options)
+        check_flag("share_kv", share_kv)
+        check_flag("per_head", per_head)
         self.seq_len = index("seq_len", seq_len, 1)
         self.k = index("k", k, 1)
         shape = (num_heads,) * per_head + (self.seq_len, self.k)

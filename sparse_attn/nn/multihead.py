@@ -189,7 +189,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             _check_context_parallel(need_weights, masks)
             attend = functools.partial(_fused_attention, attention=self._context_parallel.attention)
         dropout_p = self.dropout if self.training else 0.0
-        output, weights = attend(q, k, v, pattern, masks, self._added_keys(q), dropout_p)
+        added = self._added_keys(q)
+        if added is not None and hint and self.pattern is None:
+            added = [x[:, :, :0] for x in added]  # torch's causal products leave them out
+        output, weights = attend(q, k, v, pattern, masks, added, dropout_p)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if weights is not None and not batched:

@@ -93,7 +93,7 @@ class ReformerSelfAttention(ProjectedSelfAttention):
         self.chunks_before = chunks_before
         self.chunks_after = chunks_after
         self.seed = seed
-        self.max_length = max_length
+        self.max_length = None if max_length is None else index("max_length", max_length, 1)
 
     def attend(self, query_key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """Attention over heads: (batch, heads, length, head_dim) each, and of the result."""

@@ -9,9 +9,9 @@ from torch import Tensor, distributed
 from torch.nn.functional import normalize
 
 from sparse_attn.functional.clustered import routing_attention
-from sparse_attn.nn._checks import check_sequence
+from sparse_attn.nn._checks import check_number, check_sequence
 from sparse_attn.nn._projected import ProjectedSelfAttention
-from sparse_attn.patterns.arguments import index
+from sparse_attn.patterns.arguments import MOST, index
 
 
 class RoutingSelfAttention(ProjectedSelfAttention):
@@ -82,13 +82,15 @@ class RoutingSelfAttention(ProjectedSelfAttention):
             device=device,
             dtype=dtype,
         )
-        num_clusters = index("num_clusters", num_clusters, 1)
-        window = index("window", window, 1)
-        if not 0.0 <= decay <= 1.0:
+        num_clusters = index("num_clusters", num_clusters, 1, MOST)
+        window = index("window", window, 1, MOST)
+        check_number("decay", decay, 0)
+        check_number("commitment", commitment, 0)
+        if decay > 1:
             raise ValueError(f"sparse_attn: expected decay in [0, 1], got {decay}")
         self.window = window
         self.decay = decay
-        self.commitment = commitment
+        self.commitment = float(commitment)
         shape = (num_heads, num_clusters, embed_dim // num_heads)
         centroids = normalize(torch.randn(shape, device=device, dtype=dtype), dim=-1)
         self.register_buffer("centroids", centroids)

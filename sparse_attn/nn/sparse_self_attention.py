@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.functional import attention
-from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
+from sparse_attn.functional._common import check_dtype, check_flag
+from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence, through
 from sparse_attn.nn._redraw import check_random, redrawn_attention
 from sparse_attn.patterns import Causal, Pattern, check_pattern
 
@@ -62,6 +63,9 @@ class SparseSelfAttention(nn.Module):
         check_heads(embed_dim, num_heads)
         check_dropout(dropout)
         check_pattern(pattern)
+        for name, flag in (("bias", bias), ("causal", causal), ("redraw", redraw)):
+            check_flag(name, flag)
+        check_dtype(dtype)
         if redraw:
             check_random(pattern)
         self.embed_dim = embed_dim
@@ -107,9 +111,9 @@ class SparseSelfAttention(nn.Module):
             check_sequence(name, x, self.embed_dim)
         attend = redrawn_attention if self.redraw else attention
         heads = attend(
-            self._split(self.query(query)),
-            self._split(self.key(key)),
-            self._split(self.value(value)),
+            self._split(through(self.query, "query", query)),
+            self._split(through(self.key, "key", key)),
+            self._split(through(self.value, "value", value)),
             self.pattern,
             key_padding_mask=key_padding_mask,
             dropout_p=self.dropout if self.training else 0.0,

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_attn.nn._checks import check_dropout, check_heads, check_sequence
+from sparse_attn.functional._common import check_dtype, check_flag
+from sparse_attn.nn._checks import (
+    check_dropout,
+    check_heads,
+    check_number,
+    check_sequence,
+    through,
+)
 from sparse_attn.nn.sparse_self_attention import SparseSelfAttention
 from sparse_attn.patterns import Pattern
 from sparse_attn.patterns.arguments import index
@@ -77,8 +84,12 @@ class SparseTransformerBlock(nn.Module):
         super().__init__()
         check_heads(embed_dim, num_heads)
         check_dropout(dropout)
+        check_flag("recompute", recompute)
+        check_flag("bias", bias)
+        check_dtype(dtype)
+        check_number("mlp_ratio", mlp_ratio)
         num_layers = index("num_layers", num_layers, 1)
-        if not (math.isfinite(mlp_ratio) and mlp_ratio * embed_dim >= 1):
+        if mlp_ratio * embed_dim < 1:
             raise ValueError(
                 "sparse_attn: expected mlp_ratio to give at least 1 channel, got "
                 f"{mlp_ratio} of {embed_dim}"
@@ -140,7 +151,9 @@ class SparseTransformerBlock(nn.Module):
         return f"num_layers={self.num_layers}, recompute={self.recompute}, dropout={self.dropout}"
 
     def _add_branches(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        x = x + self._drop(self.attention(self.norm1(x), key_padding_mask=key_padding_mask))
+        x = x + self._drop(
+            self.attention(through(self.norm1, "x", x), key_padding_mask=key_padding_mask)
+        )
         return x + self._drop(self.linear2(F.gelu(self.linear1(self.norm2(x)))))
 
     def _drop(self, branch: Tensor) -> Tensor:

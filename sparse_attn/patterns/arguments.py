@@ -8,6 +8,9 @@ import operator
 #: Stands for an unbounded side of a window.
 INFINITE = 2**63 - 1
 
+#: Of what there is one tensor row each, such as buckets and rounds of hashing.
+MOST = 2**31 - 1
+
 
 def index(name: str, value: object, least: int, most: int | None = None) -> int:
     """`value` as an int of at least `least` and at most `most`."""
