@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_attn.distributed.shards import Needs, Shards, find_needs
+from sparse_attn.functional._common import check_dtype, check_flag
 from sparse_attn.patterns import Pattern
 from sparse_attn.patterns.arguments import index
 
@@ -48,6 +49,8 @@ class Rows:
     key: int  # and value
     query: int
     result: int  # output and log-sum-exp
+    padding: int  # of a key
+    mask: int  # of global tokens, which all ranks gather
 
 
 def communication(
@@ -61,18 +64,34 @@ def communication(
     head_dim: int,
     value_dim: int | None,
     dtype: torch.dtype,
+    key_padding_mask: bool,
+    global_mask: bool,
 ) -> Communication:
     """See `Pattern.communication`."""
+    check_flag("key_padding_mask", key_padding_mask)
+    check_flag("global_mask", global_mask)
+    if dtype is None:
+        raise TypeError("sparse_attn: expected dtype to be a floating-point dtype, got None")
+    check_dtype(dtype)
     lengths = _lengths(n, ranks)
     batch, heads = index("batch", batch, 1), index("heads", heads, 1)
     heads_kv = heads if heads_kv is None else index("heads_kv", heads_kv, 1)
     head_dim = index("head_dim", head_dim, 1)
+    if heads % heads_kv:
+        raise ValueError(f"sparse_attn: expected heads_kv to divide heads, {heads}, got {heads_kv}")
+    if heads % pattern.heads:
+        raise ValueError(
+            f"sparse_attn: expected heads to be a multiple of the pattern's {pattern.heads}, got "
+            f"{heads}"
+        )
     value_dim = head_dim if value_dim is None else index("value_dim", value_dim, 0)
     wide = torch.promote_types(dtype, torch.float32).itemsize
     rows = Rows(
         key=batch * heads_kv * (head_dim + value_dim) * dtype.itemsize,
         query=batch * heads * head_dim * dtype.itemsize,
         result=batch * heads * (value_dim * dtype.itemsize + wide),
+        padding=batch * key_padding_mask,
+        mask=batch * global_mask,
     )
     needs = find_needs(pattern, Shards(lengths, lengths), heads_kv / (2 * heads))
     return _counted(needs, rows)
@@ -81,6 +100,8 @@ def communication(
 def _lengths(n: int | tuple[int, ...], ranks: int | None) -> tuple[int, ...]:
     """Those of the shards; a number is split as evenly as can be, the first ones being longer."""
     if isinstance(n, tuple):
+        if not n:
+            raise ValueError("sparse_attn: expected n to list at least one shard, got none")
         lengths = tuple(index("n", length, 0) for length in n)
         if ranks not in (None, len(lengths)):
             raise ValueError(
@@ -111,13 +132,19 @@ def _counted(needs: Needs, rows: Rows) -> Communication:
         """For each rank the sum over what it has to do with the others."""
         return tuple(sum(amount(rank, other) for other in of_ranks) for rank in of_ranks)
 
+    def masks(source: int, to: int) -> int:
+        gathered = 0 if source == to else max(needs.shards.keys) * rows.mask
+        return needs.key_counts[to][source] * rows.padding + gathered
+
     sent, received = total(forward), total(lambda rank, other: forward(other, rank))
     lengths = needs.shards.keys
     others = sum(lengths) - min(lengths)
     return Communication(
-        sent=sent,
-        received=received,
-        # Gradients go the way back.
+        sent=tuple(map(sum, zip(sent, total(masks), strict=True))),
+        received=tuple(
+            map(sum, zip(received, total(lambda rank, other: masks(other, rank)), strict=True))
+        ),
+        # Gradients go the way back; masks have none.
         sent_backward=received,
         received_backward=sent,
         keys=tuple(map(sum, needs.key_counts)),

@@ -39,8 +39,8 @@ def count_traffic() -> Iterator[Traffic]:
     """Counts what `context_parallel_attention` sends from this rank, gradients included.
 
     Yields:
-        A `Traffic`: bytes of rows, `forward` and `backward`. The few bytes by which ranks compare
-        their calls are not in it.
+        A `Traffic`: bytes of rows and of masks, `forward` and `backward`. The few bytes by which
+        ranks compare their calls are not in it.
 
     >>> with count_traffic() as traffic:
     ...     pass
@@ -87,15 +87,24 @@ class Exchange:
         self._count(outgoing, "backward")
 
     def receive_back(self, lengths: Sequence[int]) -> list[Tensor]:
-        """Waits; the gradients of what was sent, added up in the order of the ranks."""
+        """Waits; the gradients of what was sent, added up in the order of the ranks, half types in
+        float32.
+        """
         incoming = self._wait()
         sums = []
         for parts, length in zip(zip(*incoming, strict=True), lengths, strict=True):
-            total = _room(parts[0], length).zero_()
+            dtype = parts[0].dtype
+            wide = torch.promote_types(dtype, torch.float32)
+            total = _room(parts[0], length).zero_().to(wide)
             for rows, part in zip(self.route.sent, parts, strict=True):
-                total.index_add_(2, rows, part)
-            sums.append(total)
+                total.index_add_(2, rows, part.to(wide))
+            sums.append(total.to(dtype))
         return sums
+
+    def settle(self) -> None:
+        """Lets the messages that are under way arrive: dropped, they would take the group along."""
+        if self._under_way:
+            self._wait()
 
     def _launch(self, outgoing: list[list[Tensor]], incoming: list[list[Tensor]], tag: int) -> None:
         operations, names = [], []
@@ -131,6 +140,12 @@ class Exchange:
         sent = sum(part.numel() * part.element_size() for parts in outgoing for part in parts)
         for traffic in _counting:
             setattr(traffic, direction, getattr(traffic, direction) + sent)
+
+
+def count_forward(sent: int) -> None:
+    """Adds bytes that do not travel in an exchange to what is being counted."""
+    for traffic in _counting:
+        traffic.forward += sent
 
 
 @contextlib.contextmanager
@@ -224,16 +239,19 @@ class _Receive(torch.autograd.Function):
 
 
 class _End(torch.autograd.Function):
-    """Hangs the token on the results, so that backward passes all exchanges on every rank."""
+    """Hangs the token on the results, so that backward passes all exchanges on every rank. So does
+    activation checkpointing, which stops a recomputation where the last tensor was saved.
+    """
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, *results: Tensor):
-        ctx.device = token.device
+        ctx.save_for_backward(token)
         return tuple(result.view_as(result) for result in results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
-        return torch.zeros((), device=ctx.device), *gradients
+        (token,) = ctx.saved_tensors
+        return torch.zeros_like(token), *gradients
 
 
 class Chain:
@@ -241,11 +259,12 @@ class Chain:
 
     def __init__(self, group: dist.ProcessGroup, *tensors: Tensor) -> None:
         self._group, self._count = group, 0
+        self._exchanges: list[Exchange] = []
         self._token = _Begin.apply(*tensors)
 
     def send(self, route: Route, *tensors: Tensor) -> tuple[Exchange, tuple[Tensor, ...]]:
         """Starts an exchange; `receive` ends it."""
-        exchange = Exchange(route, self._group, self._count)
+        exchange = self.watch(Exchange(route, self._group, self._count))
         self._count += 1
         self._token, *links = _Send.apply(exchange, self._token, *tensors)
         return exchange, tuple(links)
@@ -255,6 +274,16 @@ class Chain:
         exchange, links = under_way
         self._token, *received = _Receive.apply(exchange, self._token, *links)
         return received
+
+    def watch(self, exchange: Exchange) -> Exchange:
+        """Has `settle` take care of an exchange, too."""
+        self._exchanges.append(exchange)
+        return exchange
+
+    def settle(self) -> None:
+        """After an error of our own: what was sent arrives, so that the group stays of use."""
+        for exchange in self._exchanges:
+            exchange.settle()
 
     def end(self, *results: Tensor) -> tuple[Tensor, ...]:
         """The results of the call."""

@@ -141,6 +141,25 @@ def check_int(name: str, number: int) -> None:
         raise ValueError(f"sparse_attn: expected {name} to be finite, got {number}") from None
 
 
+def check_numbers(**arguments: object) -> None:
+    """Raise TypeError or ValueError unless the arguments are numbers, symbolic ones or None."""
+    for name, argument in arguments.items():
+        if argument is None or isinstance(argument, float):
+            continue
+        if isinstance(argument, int):
+            check_int(name, argument)
+            continue
+        if isinstance(argument, Tensor) and (argument.requires_grad or argument.dim() > 0):
+            raise TypeError(
+                f"sparse_attn: expected {name} to be a number, which no gradient reaches, got a "
+                f"Tensor of shape {tuple(argument.shape)}; multiply query by what is learned"
+            )
+        # A module's float may be symbolic under torch.compile.
+        symbolic = isinstance(argument, (torch.SymFloat, torch.SymInt))
+        if not symbolic and not hasattr(argument, "__float__"):
+            raise TypeError(f"sparse_attn: expected {name} to be a number, got {argument!r}")
+
+
 def check_flag(name: str, flag: object) -> None:
     """Raise TypeError unless flag is a bool."""
     if not isinstance(flag, bool):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn._library import ops
-from sparse_attn.functional._common import check_flag, check_int
+from sparse_attn.functional._common import check_flag, check_numbers
 from sparse_attn.patterns import KeyLists, Pattern, check_pattern
 from sparse_attn.sparse_weights import SparseWeights
 from sparse_attn.tables import BlockBias, SlotBias, encode_table
@@ -109,7 +109,7 @@ def attention(
         dropout_seed=dropout_seed,
         sink=sink,
     )
-    _check_numbers(dropout_p=dropout_p, scale=scale, softcap=softcap)
+    check_numbers(dropout_p=dropout_p, scale=scale, softcap=softcap)
     _check_flags(enable_gqa=enable_gqa, return_lse=return_lse, return_weights=return_weights)
     bias_table, bias_kind = encode_table("bias", bias, pattern)
     gate_table, gate_kind = encode_table("gate", gate, pattern)
@@ -212,24 +212,6 @@ def _check_tensors(**arguments: object) -> None:
         raise TypeError(
             f"sparse_attn: expected {name} to be a Tensor, got {type(argument).__name__}"
         )
-
-
-def _check_numbers(**arguments: object) -> None:
-    for name, argument in arguments.items():
-        if argument is None or isinstance(argument, float):
-            continue
-        if isinstance(argument, int):
-            check_int(name, argument)
-            continue
-        if isinstance(argument, Tensor) and (argument.requires_grad or argument.dim() > 0):
-            raise TypeError(
-                f"sparse_attn: expected {name} to be a number, which no gradient reaches, got a "
-                f"Tensor of shape {tuple(argument.shape)}; multiply query by what is learned"
-            )
-        # A module's float may be symbolic under torch.compile.
-        symbolic = isinstance(argument, (torch.SymFloat, torch.SymInt))
-        if not symbolic and not hasattr(argument, "__float__"):
-            raise TypeError(f"sparse_attn: expected {name} to be a number, got {argument!r}")
 
 
 def _check_flags(**arguments: object) -> None:

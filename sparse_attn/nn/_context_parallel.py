@@ -21,6 +21,12 @@ class SharedGroup:
 
         return context_parallel_attention(*tensors, group=self._of_this_process(), **options)
 
+    def attention_to_shared_keys(self, *tensors: Any, **options: Any) -> Any:
+        """Of the group's queries to keys that all ranks have."""
+        from sparse_attn.distributed.attention import attention_to_shared_keys
+
+        return attention_to_shared_keys(*tensors, group=self._of_this_process(), **options)
+
     def _of_this_process(self) -> ProcessGroup | DeviceMesh:
         if self.group is None:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -179,15 +180,23 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = (self._split(x, batched) for x in self._project(query, key, value))
         sizes = (q.shape[0], self.num_heads, q.shape[2], k.shape[2])
         pattern = self.pattern
-        hint = is_causal and key_padding_mask is None and not need_weights and sizes[2] == sizes[3]
+        # Over a shard the mask cannot say what the hint does.
+        takes_hint = key_padding_mask is None or self._context_parallel is not None
+        hint = is_causal and takes_hint and not need_weights and sizes[2] == sizes[3]
         if hint:
             pattern = Causal() if pattern is None else pattern & Causal()
             attn_mask = None
+        if self._context_parallel:
+            key_padding_mask = _as_flags(key_padding_mask)
         masks = read_masks(key_padding_mask, attn_mask, *sizes)
         attend = dense_attention if need_weights else _fused_attention
         if self._context_parallel:
             _check_context_parallel(need_weights, masks)
-            attend = functools.partial(_fused_attention, attention=self._context_parallel.attention)
+            attend = functools.partial(
+                _fused_attention,
+                attention=self._context_parallel.attention,
+                to_added=self._context_parallel.attention_to_shared_keys,
+            )
         dropout_p = self.dropout if self.training else 0.0
         added = self._added_keys(q)
         if added is not None and hint and self.pattern is None:
@@ -310,6 +319,7 @@ def _fused_attention(
     added: list[Tensor] | None,
     dropout_p: float,
     attention: Callable[..., tuple[Tensor, Tensor]] = whole_attention,
+    to_added: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, None]:
     """As `dense_attention`, without weights, over the pattern's pairs alone."""
     pattern = Full() if pattern is None else pattern
@@ -322,9 +332,19 @@ def _fused_attention(
     output, lse = attention(
         query, key, value, pattern, key_padding_mask=masks.padding, bias=bias, **options
     )
-    if added is not None:
+    if added is not None and to_added is not None and dropout_p > 0:
+        output, _ = merge(output, lse, *to_added(query, *added, dropout_p=dropout_p))
+    elif added is not None:
         output, _ = merge(output, lse, *whole_attention(query, *added, Full(), **options))
     return output, None
+
+
+def _as_flags(padding: Tensor | None) -> Tensor | None:
+    """A floating mask of 0 and -inf, into which torch's layers turn theirs, as bool."""
+    if padding is None or not padding.is_floating_point():
+        return padding
+    ignored = padding == -math.inf
+    return ignored if bool((ignored | (padding == 0)).all()) else padding
 
 
 def _check_context_parallel(need_weights: bool, masks: Masks) -> None:

@@ -236,6 +236,8 @@ class Pattern:
         head_dim: int = 64,
         value_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
+        key_padding_mask: bool = False,
+        global_mask: bool = False,
     ) -> Communication:
         """What `sparse_attn.distributed.context_parallel_attention` sends, before anything runs.
 
@@ -248,14 +250,18 @@ class Pattern:
             head_dim: Size of queries and keys.
             value_dim: Size of values; head_dim if None.
             dtype: Of queries, keys and values.
+            key_padding_mask: Whether there is one: a byte for each key that is sent.
+            global_mask: Whether there is one: all ranks gather its bytes. The keys and queries of
+                its tokens come on top; those of a `Global` pattern are as many.
 
         Returns:
             A `Communication`: bytes sent and received by each rank, forward and backward, beside
             those of an all-gather and of a ring.
 
         Raises:
-            TypeError: A number is no int.
-            ValueError: A number is too small, ranks and n differ, or a token does not exist.
+            TypeError: A number is no int, or dtype no floating one.
+            ValueError: A number is too small, the heads do not fit each other or the pattern, ranks
+                and n differ, or a token does not exist.
 
         >>> sparse = Window(256).communication(65536, ranks=4)
         >>> sparse.keys, sparse.received  # halos: 256 keys and values from each neighbor
@@ -267,7 +273,7 @@ class Pattern:
 
         return communication(
             self,
-            n if isinstance(n, int) else tuple(n),
+            tuple(n) if isinstance(n, Iterable) else n,
             ranks,
             batch=batch,
             heads=heads,
@@ -275,6 +281,8 @@ class Pattern:
             head_dim=head_dim,
             value_dim=value_dim,
             dtype=dtype,
+            key_padding_mask=key_padding_mask,
+            global_mask=global_mask,
         )
 
     def receptive_field(self, n: int, layers: int | Sequence[Pattern]) -> ReceptiveField:

@@ -172,7 +172,7 @@ class KeyLists(_Data):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _GeneratedLayout(_Data):
+class GeneratedLayout(_Data):
     """The layout that a configuration makes for each length, made once."""
 
     config: Any
@@ -217,7 +217,7 @@ def from_deepspeed(config: Any) -> Pattern:
     if getattr(config, "layout", None) is not None:
         return BlockLayout(_layout(config.layout), block)
     if callable(getattr(config, "make_layout", None)):
-        return _GeneratedLayout(config, block)
+        return GeneratedLayout(config, block)
     raise TypeError(
         "sparse_attn: expected config with make_layout(length) or a layout, as DeepSpeed's "
         f"SparsityConfig, got {type(config).__name__} with neither"
