@@ -359,3 +359,11 @@ def test_ints_in_the_place_of_numbers(name):
 )
 def test_numbers_are_not_learned(name, value):
     refuses(lambda: good_call(Window(3), **{name: value}), TypeError, [name])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nested_tensors(name):
+    tensors = dict(zip(("query", "key", "value"), cases.inputs(SHAPE), strict=True))
+    tensors[name] = torch.nested.nested_tensor(list(tensors[name]))
+    refuses(lambda: attention(**tensors, pattern=Window(3)), TypeError, [name, "dense", "nested"])

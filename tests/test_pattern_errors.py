@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_errors import refuses
 
-from sparse_attn import BlockLayout, KeyLists, Mask, Pattern
+from sparse_attn import BlockLayout, Global, KeyLists, Mask, Pattern, PerHead, Window
 
 # The name of each argument that is a count, the least that is allowed, and the rest of the call.
 COUNTS = {
@@ -125,3 +125,17 @@ def test_arguments_that_are_missing_or_unknown():
     for expression in ("Fixed(8)", "RandomBlocks(3)", "FirstLast(3)", "BigBird()", "Radial(1, 2)"):
         with pytest.raises(TypeError):
             cases.library(expression)
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "words"),
+    [
+        (lambda: Global(torch.tensor(3)), TypeError, ["tokens", "a sequence of ints"]),
+        (lambda: PerHead(torch.tensor([1, 2])), TypeError, ["patterns", "a sequence of patterns"]),
+        (lambda: Window(1).cost(9, tile=3), TypeError, ["tile", "(rows, keys)", "3"]),
+        (lambda: Window(1).cost(9, tile=(3,)), ValueError, ["tile", "(rows, keys)", "(3,)"]),
+        (lambda: Window(1).cost(9, dtype="x"), TypeError, ["dtype", "torch.dtype", "'x'"]),
+    ],
+)
+def test_arguments_of_another_kind(call, exception, words):
+    refuses(call, exception, ["sparse_attn: expected", ", got", *words])

@@ -207,11 +207,14 @@ _REQUIRED = ("query", "key", "value")
 
 def _check_tensors(**arguments: object) -> None:
     for name, argument in arguments.items():
-        if (argument is None and name not in _REQUIRED) or isinstance(argument, Tensor):
+        if argument is None and name not in _REQUIRED:
             continue
-        raise TypeError(
-            f"sparse_attn: expected {name} to be a Tensor, got {type(argument).__name__}"
-        )
+        if not isinstance(argument, Tensor):
+            raise TypeError(
+                f"sparse_attn: expected {name} to be a Tensor, got {type(argument).__name__}"
+            )
+        if argument.is_nested:
+            raise TypeError(f"sparse_attn: expected {name} to be a dense Tensor, got a nested one")
 
 
 def _check_flags(**arguments: object) -> None:

@@ -200,9 +200,9 @@ class Pattern:
         """
         sizes = check_sizes(n_q, n_k)
         head_dim = index("head_dim", head_dim, 1)
-        sides = None if tile is None else [index("tile", side, 1) for side in tile]
-        if sides is not None and len(sides) != 2:
-            raise ValueError(f"sparse_attn: expected tile to be (rows, keys), got {tile!r}")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"sparse_attn: expected dtype to be a torch.dtype, got {dtype!r}")
+        sides = None if tile is None else _two_sides(tile)
         pairs, visited, *_, heads = ops._pattern_cost(
             self.encode(), self.tensors(*sizes), *sizes, sides
         )
@@ -369,6 +369,14 @@ class Pattern:
         return list(panels[0]) if heads > 1 else panels[0][0]
 
 
+def _two_sides(tile: object) -> list[int]:
+    if not isinstance(tile, Sequence):
+        raise TypeError(f"sparse_attn: expected tile to be (rows, keys), got {tile!r}")
+    if len(tile) != 2:
+        raise ValueError(f"sparse_attn: expected tile to be (rows, keys), got {tile!r}")
+    return [index("tile", side, 1) for side in tile]
+
+
 def check_pattern(pattern: object) -> None:
     """Raise TypeError unless `pattern` is a Pattern."""
     if not isinstance(pattern, Pattern):
@@ -380,7 +388,7 @@ def check_pattern(pattern: object) -> None:
 
 def _check_list(name: str, patterns: object, nested: str) -> tuple[Pattern, ...]:
     """The patterns of a sequence, none of them a PerHead: `nested` says how one was met."""
-    if isinstance(patterns, Pattern) or not isinstance(patterns, Iterable):
+    if isinstance(patterns, (Pattern, Tensor)) or not isinstance(patterns, Iterable):
         raise TypeError(
             f"sparse_attn: expected {name} to be a sequence of patterns, got {patterns!r}"
         )

@@ -21,7 +21,8 @@ class _Tokens(Pattern):
     tokens: Sequence[int]
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, str) or not isinstance(self.tokens, Iterable):
+        is_scalar = getattr(self.tokens, "ndim", 1) == 0  # of torch or NumPy: iterable by type only
+        if isinstance(self.tokens, str) or not isinstance(self.tokens, Iterable) or is_scalar:
             raise TypeError(
                 f"sparse_attn: expected tokens to be a sequence of ints, got {self.tokens!r}"
             )
