@@ -105,6 +105,18 @@ def test_masks_are_tensors(name, mask):
         make(name)(x, **{mask: [[1] * 6]})
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="elsewhere it would wait for the device")
+@pytest.mark.parametrize("value", [-1e4, -math.inf, math.nan])
+def test_masks_are_not_added_to_logits(value):
+    layer, x = make("longformer"), torch.randn(1, 6, 8)
+    mask = torch.zeros(1, 6)
+    mask[0, 4:] = value
+    with pytest.raises(ValueError, match=r"^sparse_attn: expected attention_mask of 1 and 0, "):
+        layer(x, mask)
+    layer(x, torch.ones(1, 6), torch.zeros(1, 6))
+    torch.func.vmap(lambda x, mask: layer(x[None], mask[None])[0])(x, mask)  # shows no numbers
+
+
 def test_a_star_import_leaves_torchs_names_alone():
     names = {}
     exec("from torch import nn\nfrom sparse_attn import *", names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+import torch
 from torch import Tensor, nn
 
 from sparse_attn.patterns.arguments import index
@@ -57,7 +58,9 @@ def check_sequence(name: str, x: Tensor, embed_dim: int) -> None:
 
 
 def check_mask(name: str, mask: Tensor | None, x: Tensor) -> None:
-    """Raise TypeError or ValueError unless a mask is (batch, length) of `x`, or none."""
+    """Raise TypeError or ValueError unless a mask is (batch, length) of `x`, or none; or, where
+    nothing has to wait for it, if it is one that is added to logits.
+    """
     if mask is None:
         return
     if not isinstance(mask, Tensor):
@@ -67,6 +70,20 @@ def check_mask(name: str, mask: Tensor | None, x: Tensor) -> None:
             f"sparse_attn: expected {name} of shape {tuple(x.shape[:2])} (batch, length), got "
             f"{tuple(mask.shape)}"
         )
+    if mask.device.type == "cpu" and mask.is_floating_point() and _is_added(mask):
+        raise ValueError(
+            f"sparse_attn: expected {name} of 1 and 0, got negative numbers or NaN, as in a mask "
+            "that is added to logits"
+        )
+
+
+def _is_added(mask: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return not bool((mask >= 0).all())
+    except RuntimeError:  # a transform or a fake tensor, which show no numbers
+        return False
 
 
 def through(module: nn.Module, name: str, x: Tensor) -> Tensor:
