@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparse_attn._library import ops
+from sparse_attn._uncompiled import uncompiled
 from sparse_attn.distributed.agreement import agree, data_in_words, has_generated_data
 from sparse_attn.distributed.arguments import group_of, lengths_of, read_arguments
 from sparse_attn.distributed.call import Call
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@torch.compiler.disable
+@uncompiled
 def context_parallel_attention(
     query: Tensor,
     key: Tensor,

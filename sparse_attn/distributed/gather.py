@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparse_attn._uncompiled import uncompiled
 from sparse_attn.distributed.agreement import agree
 from sparse_attn.distributed.arguments import check_tensor, group_of, lengths_of
 from sparse_attn.distributed.exchange import Chain
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@torch.compiler.disable
+@uncompiled
 def gather_sequence(
     x: Tensor,
     group: dist.ProcessGroup | DeviceMesh | None = None,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn._library import ops
+from sparse_attn._uncompiled import constant
 from sparse_attn.functional._common import (
     autocast_is_on,
     check_inputs,
@@ -172,7 +173,7 @@ def _drawn(shape: tuple[int, ...], norms: str, seed: int) -> Tensor:
         return draw_orthogonal(shape, norms, torch.Generator("cpu").manual_seed(seed))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def drawn(
     shape: tuple[int, ...], norms: str, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_attn._uncompiled import uncompiled
 from sparse_attn.functional import attention
 from sparse_attn.patterns import Pattern, PerHead
 
@@ -25,11 +26,10 @@ def redrawn_attention(*tensors: Tensor, **options: Any) -> Tensor:
 
     Seeds come from torch's generator of the CPU.
     """
-    if torch.compiler.is_compiling():  # a graph would hold the seeds of its first call
-        return torch.compiler.disable(_by_padding)(*tensors, **options)
     return _by_padding(*tensors, **options)
 
 
+@uncompiled  # a graph would hold the seeds of its first call
 def _by_padding(
     query: Tensor,
     key: Tensor,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_attn._uncompiled import uncompiled
 from sparse_attn.functional._features import FeatureMap, check_eps, default_num_features
 from sparse_attn.functional.linear import (
     check_kernel,
@@ -186,7 +187,7 @@ class PerformerSelfAttention(ProjectedSelfAttention):
         )
         return F.dropout(heads, self.dropout_p)
 
-    @torch.compiler.disable
+    @uncompiled
     def _count(self) -> None:
         if self.calls and self.calls % self.redraw_interval == 0:
             self._replace_projection()
