@@ -150,10 +150,11 @@ def context_parallel_attention(
     routed_share = 0.0 if row_tables else _routed_share(query, key)
     needs = find_needs(expression, shards, routed_share, rank)
     call = Call(pattern, needs, rank, group, options, row_tables)
+    tensors = _as_autocast(query, key, value)
     if agreement.is_new:
-        call.check(query, key, value, key_padding_mask, sink)
+        call.check(*tensors, key_padding_mask, sink)
         agreement.accept()
-    output, lse = call.run(*_as_autocast(query, key, value), key_padding_mask)
+    output, lse = call.run(*tensors, key_padding_mask)
     if sink is not None:
         some = lse.masked_fill(lse == -math.inf, 0.0)  # without keys the output is 0, whatever
         share = torch.sigmoid(some - sink.to(lse.dtype)[:, None])
