@@ -20,15 +20,15 @@ say "Objects of the instruction sets"
 "$python" scripts/check_isa_objects.py build
 
 # Head sizes of the tensor-core kernels on the emulator: 128 columns have the tiles of 64 (the Python tests on the emulator run that
-# instance), 256 have others. Compilers run for minutes here, so commits take turns: with 256, with the instruction set under the
-# sanitizers (the Python tests run all), and with the CUDA kernels under ThreadSanitizer or through nvcc, its head sizes and
-# architecture, or the NEON kernels under qemu.
+# instance), 256 have others. Compilers run for minutes here, so commits take turns: with the instruction set under the sanitizers (the
+# Python tests run all), and with the CUDA kernels under ThreadSanitizer or through nvcc, its head sizes and architecture, or the
+# NEON kernels under qemu.
 turn=$((0x$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)))
 if [ "${SPARSE_ATTN_FULL:-}" = 1 ]; then
   sizes='32;64;96;128;192;256' nvcc_sizes=$sizes isa='x86_64_amx;x86_64_v4;x86_64_v3;x86_64_v2' architectures='80-real;90a-real'
   slow_checks='races nvcc aarch64'
 else
-  choices=('128' '128;256') && sizes=${choices[turn / 16 % 2]}
+  sizes='128;256'
   choices=('64;256' '128') && nvcc_sizes=${choices[turn % 2]}
   choices=(80-real 90a-real) && architectures=${choices[turn / 2 % 2]}
   choices=(x86_64_v2 'x86_64_amx;x86_64_v4') && isa=${choices[turn / 4 % 2]}
