@@ -15,9 +15,9 @@ from sparse_attn._uncompiled import uncompiled
 from sparse_attn.distributed.agreement import agree, data_in_words, has_generated_data
 from sparse_attn.distributed.arguments import group_of, lengths_of, read_arguments
 from sparse_attn.distributed.call import Call
-from sparse_attn.distributed.exchange import count_forward, named_error
+from sparse_attn.distributed.exchange import count, named_error
 from sparse_attn.distributed.shards import Shards, find_needs, part_words, with_global_tokens
-from sparse_attn.functional._common import autocast_is_on
+from sparse_attn.functional._common import as_autocast, autocast_is_on
 from sparse_attn.patterns import Full, Pattern
 from sparse_attn.tables import DENSE, SLOTS, BlockBias, SlotBias
 
@@ -199,7 +199,7 @@ def _gather_mask(mask: Tensor, lengths: Sequence[int], group: dist.ProcessGroup)
     parts = [torch.empty_like(room) for _ in lengths]
     with named_error("the global masks of all ranks"):
         dist.all_gather(parts, room, group=group)
-    count_forward(room.numel() * (len(parts) - 1))
+    count(room.numel() * (len(parts) - 1), "forward")
     held = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
     return torch.cat(held, 1).to(torch.bool)
 
@@ -226,4 +226,4 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not autocast_is_on(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(as_autocast(x, dtype) for x in tensors)

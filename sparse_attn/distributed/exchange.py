@@ -137,15 +137,13 @@ class Exchange:
         return f"gradients of {of}" if backward else of
 
     def _count(self, outgoing: list[list[Tensor]], direction: str) -> None:
-        sent = sum(part.numel() * part.element_size() for parts in outgoing for part in parts)
-        for traffic in _counting:
-            setattr(traffic, direction, getattr(traffic, direction) + sent)
+        count(sum(x.numel() * x.element_size() for parts in outgoing for x in parts), direction)
 
 
-def count_forward(sent: int) -> None:
-    """Adds bytes that do not travel in an exchange to what is being counted."""
+def count(sent: int, direction: str) -> None:
+    """Adds bytes to what is being counted of a direction, "forward" or "backward"."""
     for traffic in _counting:
-        traffic.forward += sent
+        setattr(traffic, direction, getattr(traffic, direction) + sent)
 
 
 @contextlib.contextmanager

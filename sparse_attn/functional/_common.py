@@ -47,16 +47,17 @@ def in_autocast_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
         kind = tensors[0].device.type if tensors else "cpu"
         if not autocast_is_on(kind):
             return function(*args, **kwargs)
-        dtype = torch.get_autocast_dtype(kind)
-
-        def cast(x: Any) -> Any:
-            narrow = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-            return x.to(dtype) if narrow else x
-
+        cast = functools.partial(as_autocast, dtype=torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
             return function(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
 
     return cast_and_run
+
+
+def as_autocast(x: Any, dtype: torch.dtype) -> Any:
+    """What the ops make of an argument under autocast: float64 stays, and what is no Tensor."""
+    narrow = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if narrow else x
 
 
 def autocast_is_on(kind: str) -> bool:
